@@ -1,0 +1,1 @@
+"""Machines: starting Ray, submitting jobs, writing schedules. No model is known here."""

@@ -1,0 +1,105 @@
+"""The pre-norm transformer block whose tokens each have a width of their own.
+
+At full width and gate 1 it is the plain ViT block. Attention itself is not nested: queries,
+keys and values of every token are full width, so all tokens attend to all tokens.
+
+Axes: N tokens sorted by width, B images, D model width, H heads.
+
+Source: arXiv 2407.19985, section 3.1, eq. 1 and 5 to 7; the place of the layer norms
+(before each branch, over all D features) follows the ViTs that it starts from.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mone_core.nested import Layout, nested_in, nested_out
+
+Gelu = Literal["tanh", "erf"]
+
+
+class NestedAttention(nn.Module):
+    """Multi-head self-attention with nested projections in and out."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = _linear(dim, 3 * dim)
+        self.out = _linear(dim, dim)
+
+    def forward(self, residual_NBD: Tensor, x_NBD: Tensor, layout: Layout) -> Tensor:
+        """Attend among `x` (normalised) and add the result to `residual`."""
+        num_tokens, batch, dim = x_NBD.shape
+        qkv = nested_in(x_NBD, self.qkv.weight, self.qkv.bias, layout)
+        q, k, v = qkv.view(num_tokens, batch, 3, self.heads, -1).permute(2, 1, 3, 0, 4).unbind(0)
+        mixed_BHNd = F.scaled_dot_product_attention(q, k, v)
+        mixed_NBD = mixed_BHNd.permute(2, 0, 1, 3).reshape(num_tokens, batch, dim)
+        return nested_out(residual_NBD, mixed_NBD, self.out.weight, self.out.bias, layout)
+
+
+class NestedMlp(nn.Module):
+    """Two-layer perceptron with a full hidden layer, nested in and out, and a gate per token."""
+
+    def __init__(self, dim: int, hidden: int, gelu: Gelu) -> None:
+        super().__init__()
+        self.approximate = "tanh" if gelu == "tanh" else "none"
+        self.up = _linear(dim, hidden)
+        self.down = _linear(hidden, dim)
+
+    def forward(
+        self, residual_NBD: Tensor, x_NBD: Tensor, layout: Layout, gate_NB1: Tensor
+    ) -> Tensor:
+        """Transform `x` (normalised) and add the result, gated, to `residual`."""
+        h_NBF = nested_in(x_NBD, self.up.weight, self.up.bias, layout)
+        h_NBF = F.gelu(h_NBF, approximate=self.approximate)
+        return nested_out(residual_NBD, h_NBF, self.down.weight, self.down.bias, layout, gate_NB1)
+
+
+class NestedBlock(nn.Module):
+    """Attention and MLP, each behind a layer norm over all D features."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, *, gelu: Gelu, norm_eps: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.attention = NestedAttention(dim, heads)
+        self.mlp_norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = NestedMlp(dim, hidden, gelu)
+
+    def forward(self, x_NBD: Tensor, layout: Layout, gate_NB1: Tensor) -> Tensor:
+        """One layer: `NBD` in, `NBD` out.
+
+        Args:
+            gate_NB1: Factor on the MLP branch of each token, `alpha * r + 1` (eq. 1).
+        """
+        x_NBD = self.attention(x_NBD, self.attention_norm(x_NBD), layout)
+        x_NBD = self.mlp(x_NBD, self.mlp_norm(x_NBD), layout, gate_NB1)
+        return x_NBD
+
+
+class BoundedScale(nn.Module):
+    """alpha of eq. 1: learnable, starts at 0, stays in [0, 1) and cannot freeze the router.
+
+    At alpha = 0 the router gets no gradient, so a hard clamp would freeze it for good
+    whenever the first push is downward. Here alpha is |tanh(a)| with slope +1 at a = 0: a push
+    below 0 comes out on the other side as a small positive alpha, and the router goes
+    on learning.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw = nn.Parameter(torch.zeros(()))
+
+    def forward(self) -> Tensor:
+        """alpha as a scalar tensor."""
+        signed = self.raw.tanh()
+        return torch.where(self.raw >= 0, signed, -signed)  # abs() would have slope 0 at 0
+
+
+def _linear(fan_in: int, fan_out: int) -> nn.Linear:
+    """A linear layer that starts as ViTs do: Xavier-uniform weights, zero bias."""
+    layer = nn.Linear(fan_in, fan_out)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

@@ -1,0 +1,1 @@
+"""The hallway: raw archive to report, one file per hop; the command line walks through it."""

@@ -1,0 +1,55 @@
+"""From a configuration to what a training process works with; one function a part."""
+
+import torch
+
+from cluster.backends import Backend
+from mone_core.models import NestedViT, build_model
+from pipelines.checkpoint import Checkpoints
+from pipelines.config import RunConfig
+from pipelines.data.order import Position
+from pipelines.data.stream import TrainStream
+from pipelines.evaluate import validation_stream
+from pipelines.optim import build_optimizer
+from pipelines.train import Reporter, Run
+from pipelines.weights import load_weights
+
+
+def build_run(config: RunConfig, backend: Backend, reporter: Reporter) -> Run:
+    """Everything that training needs on this rank."""
+    core = initial_model(config).to(backend.device)
+    return Run(
+        config=config,
+        backend=backend,
+        core=core,
+        model=backend.place(core),
+        optimizer=build_optimizer(core, config.optim),
+        stream=training_stream(config, backend),
+        validation=validation_stream(config, rank=backend.rank, world=backend.world),
+        checkpoints=Checkpoints(config.out, config, backend),
+        reporter=reporter,
+        start=Position(seed=config.train.seed, epoch=0, step=0),
+    )
+
+
+def initial_model(config: RunConfig) -> NestedViT:
+    """The weights that training begins with: those of `train.start_from`, or fresh ones."""
+    if config.train.start_from is not None:
+        return load_weights(config.train.start_from)
+    torch.manual_seed(config.train.seed)
+    return build_model(config.model)
+
+
+def training_stream(config: RunConfig, backend: Backend) -> TrainStream:
+    """This rank's training batches."""
+    return TrainStream(
+        config.data.root / "train",
+        image_size=config.model.image_size,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        rank=backend.rank,
+        world=backend.world,
+        crop_area=config.data.crop_area,
+        crop_ratio=config.data.crop_ratio,
+        flip=config.data.flip,
+        threads=config.data.threads,
+    )

@@ -1,0 +1,55 @@
+"""Evaluate one set of weights at many compute budgets: accuracy, MACs, latency."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from pipelines.results import RESULTS, Results
+from pipelines.run_report import EVALUATION_BUDGETS, evaluate_run
+from pipelines.terminal import Terminal
+
+EXAMPLE = "mone evaluate runs/digits --effective-capacity 0.2 0.3 0.4 0.5 0.7 1.0"
+
+
+def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
+    """Run the command."""
+    parser.add_argument("run", type=Path, help="a run, or one of its checkpoints")
+    parser.add_argument(
+        "--effective-capacity",
+        type=float,
+        nargs="+",
+        default=EVALUATION_BUDGETS,
+        metavar="E_C",
+        help="mean width per token over the full width; several are evaluated with one model",
+    )
+    parser.add_argument("--json", action="store_true", help="print results.json instead")
+    args = parser.parse_args(arguments)
+    results = evaluate_run(args.run, tuple(dict.fromkeys(args.effective_capacity)))
+    if args.json:
+        print(json.dumps(asdict(results)))
+        return 0
+    terminal = Terminal()
+    show_results(terminal, results)
+    terminal.say(f"{len(results.settings)} budgets -> {args.run / RESULTS}")
+    return 0
+
+
+def show_results(terminal: Terminal, results: Results) -> None:
+    """The short table of an evaluation."""
+    terminal.table(
+        f"{results.name}, step {results.step}: one set of weights, "
+        f"{results.settings[0].samples} validation images",
+        ("effective capacity", "MMACs", "accuracy", "latency ms", "images/s"),
+        [
+            (
+                f"{s.effective_capacity:.2f}",
+                f"{s.macs / 1e6:.2f}",
+                f"{100 * s.accuracy:.1f} %",
+                f"{s.latency_ms:.2f}",
+                f"{s.images_per_second:.0f}",
+            )
+            for s in results.settings
+        ],
+    )

@@ -1,0 +1,41 @@
+"""Add new data to a dataset, train on from the champion, and promote the model if it is not worse.
+
+The new archive becomes the next version of the dataset's training part; old shards stay as they
+are. One retraining at a time per dataset.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipelines.config import to_yaml
+from pipelines.flags import add_run_arguments, run_config
+from pipelines.retrain import run_retraining
+from pipelines.terminal import Terminal
+
+EXAMPLE = "mone retrain --archive new_tars/ --recipe digits --train.steps 500"
+
+
+def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
+    """Run the command."""
+    parser.add_argument("--archive", type=Path, required=True, help="folder of new synset tars")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.0,
+        help="accuracy (0 to 1) that the challenger may lose at a budget (default 0)",
+    )
+    add_run_arguments(parser)
+    args, flags = parser.parse_known_args(arguments)
+    config = run_config(
+        args.recipe, args.config, flags, command="retrain", help_config=args.help_config
+    )
+    if args.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    terminal = Terminal()
+    verdict = run_retraining(
+        args.archive, config, terminal, tolerance=args.tolerance, verbose=args.verbose
+    )
+    terminal.say(f"report -> {verdict.report}")
+    return 0

@@ -1,0 +1,347 @@
+"""One run, as one frozen tree of values: `RunConfig`.
+
+Each part is checked when it is made, so a wrong value never gets past the laptop. Values come
+from a recipe, then a YAML file, then flags (`cli`); what they resolve to is
+printed by `--print-config`, saved with the run, and reads back to the same tree.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from mone_core.capacity import capacity_distribution
+from mone_core.errors import CapacityError, ConfigError
+from mone_core.models import ModelConfig
+from pipelines.errors import RunError, UsageError, unknown_name
+from pipelines.files import read_json, write_json
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Where samples come from and how training images are varied.
+
+    Attributes:
+        root: Folder that holds `train/` and `val/`, each with a manifest.
+        embedded: Data to make first when `root` does not exist; None: it must exist.
+        crop_area: Share of the image that a random crop covers, least and most.
+        crop_ratio: Width over height of that crop, least and most.
+        flip: Probability of a horizontal flip.
+        eval_resize: Short side in pixels before the centre crop of an evaluation.
+        threads: Decoding threads per worker.
+    """
+
+    root: Path = Path("data")
+    embedded: Literal["digits"] | None = None
+    crop_area: tuple[float, float] = (0.05, 1.0)
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    flip: float = 0.5
+    eval_resize: int = 256
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
+            problems.append(f"crop_area must rise within (0, 1], got {self.crop_area}")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            problems.append(f"crop_ratio must rise and be above 0, got {self.crop_ratio}")
+        if not 0 <= self.flip <= 1:
+            problems.append(f"flip is a probability from 0 to 1, got {self.flip}")
+        problems += _below_one(self, "eval_resize", "threads")
+        _raise_if_any("data", problems)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay to zero.
+
+    Attributes:
+        learning_rate: Peak rate, reached after warm-up.
+        weight_decay: Decoupled decay of matrices; vectors, biases and positions are not decayed.
+        betas: Decay of the first and second moments.
+        warmup_steps: Steps from rate 0 to the peak.
+        clip_norm: Largest global gradient norm; larger gradients are scaled down to it.
+        label_smoothing: Share of the target spread over all classes.
+    """
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_steps: int = 100
+    clip_norm: float = 1.0
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.learning_rate > 0:
+            problems.append(f"learning_rate must be above 0, got {self.learning_rate}")
+        if self.weight_decay < 0:
+            problems.append(f"weight_decay must be 0 or more, got {self.weight_decay}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            problems.append(f"betas must lie in [0, 1), got {self.betas}")
+        if self.warmup_steps < 0:
+            problems.append(f"warmup_steps must be 0 or more, got {self.warmup_steps}")
+        if not self.clip_norm > 0:
+            problems.append(f"clip_norm must be above 0, got {self.clip_norm}")
+        if not 0 <= self.label_smoothing < 1:
+            problems.append(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+        _raise_if_any("optim", problems)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """How long, on what budgets, and what happens on the way.
+
+    Attributes:
+        steps: Optimizer steps in all.
+        batch_size: Images of one step over all workers together.
+        budgets: Effective capacities to train at. One is drawn per step, the same
+            on all workers; a single one trains at a fixed budget.
+        seed: Seed of the initial weights, the sample order, augmentation and budgets.
+        log_every: Steps between metric rows.
+        eval_every: Steps between evaluations on the validation set.
+        eval_budgets: Effective capacities of those evaluations.
+        checkpoint_every: Steps between checkpoints, a multiple of `log_every`.
+        keep_checkpoints: How many of the newest checkpoints stay on disk.
+        start_from: Folder of exported weights to begin with; None begins with fresh ones.
+    """
+
+    steps: int = 1000
+    batch_size: int = 64
+    budgets: tuple[float, ...] = (0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
+    seed: int = 0
+    log_every: int = 50
+    eval_every: int = 500
+    eval_budgets: tuple[float, ...] = (0.2, 0.5, 1.0)
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    start_from: Path | None = None
+
+    def __post_init__(self) -> None:
+        problems = _below_one(
+            self,
+            "steps",
+            "batch_size",
+            "log_every",
+            "eval_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+        )
+        if not problems and self.checkpoint_every % self.log_every:
+            problems.append(
+                f"checkpoint_every must be a multiple of log_every, so that metric rows are the "
+                f"same after a restart; got {self.checkpoint_every} and {self.log_every}"
+            )
+        if not self.budgets:
+            problems.append("budgets must name at least one effective capacity")
+        _raise_if_any("train", problems)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """Who computes.
+
+    Attributes:
+        num_workers: Training processes; divides `train.batch_size`.
+        device: "cpu" or "cuda", one device per worker.
+        threads: Torch threads per worker on CPU.
+    """
+
+    num_workers: int = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        _raise_if_any("parallel", _below_one(self, "num_workers", "threads"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackingConfig:
+    """Where runs are kept.
+
+    Attributes:
+        uri: MLflow tracking address, such as `sqlite:///mlruns/mlflow.db` or `https://...`.
+        experiment: MLflow experiment.
+        model: Name in the model registry.
+    """
+
+    uri: str = "sqlite:///mlruns/mlflow.db"
+    experiment: str = "mone"
+    model: str = "mone"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """A whole run.
+
+    Attributes:
+        recipe: Name of the recipe that the values started from.
+        out: The run's folder: config, checkpoints, metrics, results, report.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    recipe: str
+    out: Path
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.train.batch_size % self.parallel.num_workers:
+            problems.append(
+                f"parallel.num_workers must divide train.batch_size, got "
+                f"{self.parallel.num_workers} and {self.train.batch_size}"
+            )
+        if self.data.eval_resize < self.model.image_size:
+            problems.append(
+                f"data.eval_resize must be at least model.image_size, got "
+                f"{self.data.eval_resize} and {self.model.image_size}"
+            )
+        for budget in dict.fromkeys((*self.train.budgets, *self.train.eval_budgets)):
+            try:
+                capacity_distribution(budget, self.model.widths)
+            except CapacityError as error:
+                problems.append(f"train.budgets: {error}")
+        _raise_if_any("run", problems)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The whole tree as YAML; `merge_yaml` of it gives the same tree back."""
+    return yaml.safe_dump(as_plain(config), sort_keys=False)
+
+
+def as_plain(config: RunConfig) -> dict[str, Any]:
+    """The tree as nested dictionaries of JSON values."""
+    plain: dict[str, Any] = TypeAdapter(RunConfig).dump_python(config, mode="json")
+    return plain
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """The tree as one level: "train.steps" -> 1000."""
+    flat: dict[str, Any] = {}
+    for name, value in as_plain(config).items():
+        flat |= (
+            {f"{name}.{k}": v for k, v in value.items()}
+            if isinstance(value, dict)
+            else {name: value}
+        )
+    return flat
+
+
+def merge_yaml(base: RunConfig, text: str, *, source: str) -> RunConfig:
+    """Lay the values of a YAML document over a configuration.
+
+    Args:
+        base: What the document does not mention stays as here.
+        text: A mapping like the one `to_yaml` writes, or a part of it.
+        source: What to call the document in an error.
+
+    Raises:
+        UsageError: Not YAML, a field that does not exist (with near matches), or a value of
+            the wrong type.
+        ConfigError: Values that cannot be.
+    """
+    try:
+        changes = yaml.load(text, Loader=_YamlLoader)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(changes, dict):
+        raise UsageError(f"{source} must be a mapping such as `train: {{steps: 100}}`")
+    merged = _merged(as_plain(base), changes, type(base), source, prefix="")
+    return _validated(merged, source)
+
+
+def read_config(run: Path) -> RunConfig:
+    """The configuration saved with a run.
+
+    Raises:
+        RunError: The folder is not a run, or its configuration does not read back.
+    """
+    if not (run / CONFIG).is_file():
+        raise RunError(
+            f"{run} is not a run: it has no {CONFIG}; runs are made by "
+            f"`mone train --recipe NAME --out {run}`"
+        )
+    return read_json(run / CONFIG, RunConfig, otherwise=RunError)
+
+
+def write_config(run: Path, config: RunConfig) -> None:
+    """Save the configuration with its run."""
+    write_json(run / CONFIG, config)
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """The fields in which two configurations differ, as "train.steps 100 -> 200"."""
+    before, after = flatten(old), flatten(new)
+    return [f"{k} {before[k]} -> {after[k]}" for k in before if before[k] != after[k]]
+
+
+def _merged(
+    base: dict[str, Any], changes: dict[str, Any], kind: Any, source: str, *, prefix: str
+) -> dict[str, Any]:
+    types = {f.name: f.type for f in fields(kind)}
+    merged = dict(base)
+    for name, value in changes.items():
+        if name not in types:
+            known = [prefix + known for known in types]
+            raise UsageError(
+                f"{source}: "
+                + unknown_name(
+                    "config field",
+                    f"{prefix}{name}",
+                    known,
+                    next_step="`mone train --recipe NAME --print-config` shows them all.",
+                )
+            )
+        part = types[name]
+        if is_dataclass(part) and isinstance(value, dict):
+            value = _merged(merged[name], value, part, source, prefix=f"{prefix}{name}.")
+        merged[name] = value
+    return merged
+
+
+def _validated(plain: dict[str, Any], source: str) -> RunConfig:
+    """Check types strictly, as JSON would be."""
+    try:
+        return TypeAdapter(RunConfig).validate_json(json.dumps(plain, default=str), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if isinstance(cause := first.get("ctx", {}).get("error"), ConfigError):
+            raise cause from error
+        where = ".".join(map(str, first["loc"]))
+        raise UsageError(f"{source}: {where}: {first['msg']}, got {first['input']!r}") from error
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-3` as text; people mean a number."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _below_one(config: Any, *names: str) -> list[str]:
+    return [
+        f"{name} must be 1 or more, got {getattr(config, name)}"
+        for name in names
+        if getattr(config, name) < 1
+    ]
+
+
+def _raise_if_any(where: str, problems: list[str]) -> None:
+    if problems:
+        raise ConfigError(where, problems)

@@ -1,0 +1,1 @@
+"""Raw archives in, batches of fixed shape out: archive -> shards -> order -> stream -> batch."""

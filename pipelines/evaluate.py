@@ -1,0 +1,149 @@
+"""One set of weights at many compute budgets: accuracy, cost and time.
+
+Accuracy is counted over a whole validation set, over all ranks; latency is taken on one
+process, all budgets in turn, so that a noisy machine is noisy for all of them alike.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cluster.backends import Backend
+from mone_core.losses import softmax_loss
+from mone_core.models import NestedViT
+from pipelines.config import RunConfig
+from pipelines.data.batch import model_input
+from pipelines.data.stream import EvalStream
+from pipelines.results import Results, Setting, commit_name, machine_name
+
+LATENCY_BATCH = 8
+LATENCY_REPEATS = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """How well a model does at one budget: share of right answers, mean loss in nats."""
+
+    accuracy: float
+    loss: float
+    samples: int
+
+
+@torch.no_grad()
+def score(
+    model: NestedViT, stream: EvalStream, budgets: Sequence[float], backend: Backend
+) -> dict[float, Score]:
+    """Count right answers on every sample of a stream, at each budget.
+
+    Every image is decoded once for all budgets. All ranks must call it; all get the same.
+    """
+    sums = torch.zeros(len(budgets), 3, dtype=torch.float64, device=backend.device)
+    for batch in stream:
+        batch = batch.to(backend.device)
+        images, labels_B, valid_B = (
+            model_input(batch.pixels_BHWC),
+            batch.labels_B,
+            batch.valid_B,
+        )
+        for row, budget in enumerate(budgets):
+            model.set_effective_capacity(budget)
+            logits_BK = model(images).logits_BK
+            right_B = (logits_BK.argmax(dim=1) == labels_B) & valid_B
+            loss_B = softmax_loss(logits_BK, labels_B) * valid_B
+            sums[row] += torch.stack([right_B.sum(), loss_B.sum(), valid_B.sum()])
+    totals = backend.sum_over_ranks(sums).tolist()
+    return {
+        budget: Score(accuracy=right / count, loss=loss / count, samples=int(count))
+        for budget, (right, loss, count) in zip(budgets, totals, strict=True)
+    }
+
+
+@torch.no_grad()
+def latencies(model: NestedViT, budgets: Sequence[float], backend: Backend) -> dict[float, float]:
+    """Median milliseconds of one forward pass of `LATENCY_BATCH` images, per budget."""
+    size = model.config.image_size
+    images = torch.zeros(LATENCY_BATCH, 3, size, size, device=backend.device)
+    images.normal_(generator=torch.Generator(backend.device).manual_seed(0))
+    times: dict[float, list[float]] = {budget: [] for budget in budgets}
+    for repeat in range(LATENCY_REPEATS + 2):  # two rounds to warm up
+        for budget in times:
+            model.set_effective_capacity(budget)
+            backend.synchronize()
+            start = time.perf_counter()
+            model(images)
+            backend.synchronize()
+            if repeat >= 2:
+                times[budget].append(1e3 * (time.perf_counter() - start))
+    return {budget: statistics.median(taken) for budget, taken in times.items()}
+
+
+def evaluate(
+    name: str,
+    step: int,
+    model: NestedViT,
+    stream: EvalStream,
+    budgets: Sequence[float],
+    backend: Backend,
+) -> Results:
+    """Everything `results.json` holds, for one model on one validation set.
+
+    Args:
+        name: What is evaluated, for people.
+        step: Training step of the weights.
+        model: On the backend's device; its budget is changed on the way.
+        stream: The validation set.
+        budgets: Effective capacities, each evaluated with the same weights.
+        backend: One process.
+    """
+    model.eval()
+    found = score(model, stream, budgets, backend)
+    taken = latencies(model, budgets, backend)
+    return Results(
+        name=name,
+        step=step,
+        num_classes=stream.num_classes,
+        settings=tuple(_setting(model, b, found[b], taken[b]) for b in budgets),
+        machine=machine_name(),
+        torch=torch.__version__,
+        commit=commit_name(),
+    )
+
+
+def validation_stream(
+    config: RunConfig, *, rank: int = 0, world: int = 1, root: Path | None = None
+) -> EvalStream:
+    """The validation set of a run.
+
+    Args:
+        config: The run.
+        rank, world: This process among those that share the work.
+        root: Another dataset root than the run's own.
+    """
+    return EvalStream(
+        (root or config.data.root) / "val",
+        image_size=config.model.image_size,
+        resize=config.data.eval_resize,
+        batch_size=config.train.batch_size,
+        rank=rank,
+        world=world,
+        threads=config.data.threads,
+    )
+
+
+def _setting(model: NestedViT, budget: float, found: Score, latency_ms: float) -> Setting:
+    model.set_effective_capacity(budget)
+    return Setting(
+        effective_capacity=budget,
+        realised_effective_capacity=model.realised_effective_capacity,
+        accuracy=found.accuracy,
+        loss=found.loss,
+        samples=found.samples,
+        macs=model.macs(),
+        latency_ms=latency_ms,
+        latency_batch=LATENCY_BATCH,
+        images_per_second=1e3 * LATENCY_BATCH / latency_ms,
+    )

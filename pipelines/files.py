@@ -1,0 +1,52 @@
+"""Small file habits that every hop shares: whole files or none, and JSON checked on the way in."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+T = TypeVar("T")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, flush it to disk and rename it into place.
+
+    A reader sees the old content or the new one, never a part, also after a power cut.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a dataclass, or any value pydantic knows, as indented JSON, whole or not at all."""
+    plain = TypeAdapter(type(value)).dump_python(value, mode="json")
+    write_atomically(path, (json.dumps(plain, indent=1) + "\n").encode())
+
+
+def read_json(path: Path, kind: type[T], *, otherwise: Callable[[str], Exception]) -> T:
+    """Read a JSON file as a dataclass, strictly.
+
+    Args:
+        path: The file.
+        kind: The dataclass that the file holds.
+        otherwise: Makes the error to raise from one sentence that names the file, the field
+            and what is wrong with it.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True)
+    except FileNotFoundError as error:
+        raise otherwise(f"{path} does not exist") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise otherwise(f"{path} cannot be read: {where}: {first['msg']}") from error

@@ -1,0 +1,23 @@
+"""A small model for small photographs: what `mone demo --archive` trains."""
+
+from pathlib import Path
+
+from mone_core.models import ModelConfig
+from pipelines.config import DataConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+
+
+def photos() -> RunConfig:
+    """MoNE on 64-pixel photographs, a few minutes on two cores: a first look, not a result.
+
+    Source: our own setting.
+    Command: `mone demo --archive FOLDER_OF_SYNSET_TARS`.
+    """
+    return RunConfig(
+        recipe="photos",
+        out=Path("runs/photos"),
+        model=ModelConfig(image_size=64, patch_size=8, dim=96, depth=4, heads=4),
+        data=DataConfig(root=Path("data/photos"), crop_area=(0.35, 1.0), eval_resize=64, threads=1),
+        optim=OptimConfig(learning_rate=1e-3, warmup_steps=200),
+        train=TrainConfig(steps=2000, batch_size=64, log_every=25, eval_every=500),
+        parallel=ParallelConfig(num_workers=2),
+    )

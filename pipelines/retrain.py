@@ -1,0 +1,190 @@
+"""New data -> next dataset version -> train on from the champion -> compare -> promote or not.
+
+Champion and challenger are evaluated on the same validation set at three budgets; the alias
+moves only if the challenger is not worse at any of them beyond chance differences. One
+retraining at a time per dataset: a second one refuses at once.
+"""
+
+import dataclasses
+import datetime
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from cluster.backends import get_backend
+from cluster.session import ray_session
+from pipelines.config import RunConfig, to_yaml
+from pipelines.data.manifest import read_manifest
+from pipelines.data.shards import add_archive
+from pipelines.errors import RunError
+from pipelines.evaluate import evaluate, validation_stream
+from pipelines.report import ReportContent, write_report
+from pipelines.results import Results
+from pipelines.run_report import REPORT, evaluate_run
+from pipelines.terminal import Terminal
+from pipelines.tracking import ModelVersion, champion, fetch, promote, tag_version
+from pipelines.train import Outcome
+from pipelines.training import Trained, train_run
+from pipelines.weights import load_weights, step_of_weights
+
+BUDGETS = (0.3, 0.5, 1.0)
+LOCK = ".retrain.lock"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What a retraining came to.
+
+    Attributes:
+        promoted: Whether the challenger is the champion now.
+        reason: One sentence with the numbers.
+    """
+
+    promoted: bool
+    reason: str
+    report: Path
+
+
+def run_retraining(
+    archive: Path,
+    base: RunConfig,
+    terminal: Terminal,
+    *,
+    tolerance: float = 0.0,
+    verbose: bool = False,
+) -> Verdict:
+    """Retrain on a dataset that an archive is added to, and promote the better model.
+
+    Args:
+        archive: New synset tars, of classes that the dataset has.
+        base: How to train; `base.out` is the folder that retrainings are kept in.
+        terminal: Where progress is shown.
+        tolerance: How much accuracy (0 to 1) the challenger may lose at a budget.
+        verbose: Let Ray write to the terminal.
+
+    Raises:
+        RunError: Another retraining of this dataset is under way.
+        RegistryError: There is no champion to go on from.
+        PipelineError: The archive or the dataset is not fit.
+    """
+    root = base.data.root.absolute()
+    read_manifest(root / "train")
+    with _alone(root):
+        best = champion(base.tracking)
+        with ray_session(verbose=verbose):
+            version = _add(archive, root, terminal)
+            folder = base.out.absolute() / f"v{version}_from_{best.version}"
+            start = fetch(base.tracking, best, folder / "champion")
+            config = _challenger_config(base, folder, start)
+            trained = train_run(config, terminal, verbose=verbose)
+        return _judge(trained, best, start, folder, tolerance, terminal)
+
+
+def decide(best: Results, challenger: Results, tolerance: float) -> tuple[bool, str]:
+    """Whether the challenger may take over, and why.
+
+    It must not be worse than the champion by more than `tolerance` at any budget.
+    """
+    losses = {
+        b.effective_capacity: b.accuracy - c.accuracy
+        for b, c in zip(best.settings, challenger.settings, strict=True)
+    }
+    numbers = ", ".join(
+        f"{100 * c.accuracy:.1f} % against {100 * b.accuracy:.1f} % at e_c {b.effective_capacity}"
+        for b, c in zip(best.settings, challenger.settings, strict=True)
+    )
+    worst, loss = max(losses.items(), key=lambda item: item[1])
+    if loss > tolerance:
+        return False, f"kept the champion: the challenger loses at e_c {worst} ({numbers})"
+    return True, f"promoted the challenger: not worse at any budget ({numbers})"
+
+
+def _add(archive: Path, root: Path, terminal: Terminal) -> int:
+    with terminal.meter("adding the archive", "parts") as meter:
+        report = add_archive(
+            archive,
+            root / "train",
+            progress=lambda what, done, total: meter.update(done, total, what),
+        )
+    manifest = report.manifest
+    terminal.say(
+        f"dataset version {manifest.version}: {report.samples} new samples, "
+        f"{manifest.samples} in all"
+    )
+    return manifest.version
+
+
+def _challenger_config(base: RunConfig, folder: Path, start: Path) -> RunConfig:
+    return dataclasses.replace(
+        base,
+        out=folder / "run",
+        train=dataclasses.replace(base.train, start_from=start),
+    )
+
+
+def _judge(
+    trained: Trained,
+    best: ModelVersion,
+    start: Path,
+    folder: Path,
+    tolerance: float,
+    terminal: Terminal,
+) -> Verdict:
+    config, challenger = trained.config, trained.version
+    if trained.outcome is not Outcome.FINISHED or challenger is None:
+        raise RunError(
+            f"the challenger in {config.out} is not finished or not registered: "
+            f"{trained.summary}; run the same command again"
+        )
+    ours = _evaluate_champion(best, config, start)
+    theirs = evaluate_run(config.out, BUDGETS, out=folder, name=f"challenger v{challenger.version}")
+    promoted, reason = decide(ours, theirs, tolerance)
+    if promoted:
+        promote(config.tracking, challenger)
+    tag_version(config.tracking, challenger, {"mone.verdict": reason})
+    write_report(
+        folder / REPORT,
+        ReportContent(
+            title=f"Retraining {folder.name}",
+            summary=(("Date", datetime.date.today().isoformat()),),
+            rows=(),
+            results=(ours, theirs),
+            routing=None,
+            verdict=reason,
+            config_yaml=to_yaml(config),
+        ),
+    )
+    terminal.say(reason)
+    return Verdict(promoted=promoted, reason=reason, report=folder / REPORT)
+
+
+def _evaluate_champion(best: ModelVersion, config: RunConfig, weights: Path) -> Results:
+    """The champion on the challenger's own validation set."""
+    return evaluate(
+        f"champion v{best.version}",
+        step_of_weights(weights),
+        load_weights(weights),
+        validation_stream(config),
+        BUDGETS,
+        get_backend("cpu", threads=config.parallel.threads),
+    )
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Hold the dataset's lock; it is let go when the process ends, however it ends."""
+    lock = FileLock(root / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise RunError(
+            f"another retraining of {root} is under way (it holds {root / LOCK}); "
+            f"wait for it to end"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,105 @@
+"""Gathers what `report` draws: a run's metrics, results, routing and configuration."""
+
+from pathlib import Path
+
+from cluster.backends import get_backend
+from mone_core.models import build_model
+from pipelines.checkpoint import checkpoint_of, load_weights, step_of
+from pipelines.config import RunConfig, read_config, to_yaml
+from pipelines.data.digits import WNIDS, WORDS
+from pipelines.data.manifest import read_manifest
+from pipelines.evaluate import evaluate, validation_stream
+from pipelines.metrics import read_rows
+from pipelines.report import ReportContent, figure_files, write_report
+from pipelines.results import RESULTS, Results, read_results, write_results
+from pipelines.routing import routing_examples
+from pipelines.routing_examples import RoutingExamples
+
+REPORT = "report.html"
+ROUTING_BUDGETS = (0.2, 0.5, 0.7)
+EVALUATION_BUDGETS = (0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+
+
+def evaluate_run(
+    target: Path,
+    budgets: tuple[float, ...] = EVALUATION_BUDGETS,
+    *,
+    out: Path | None = None,
+    name: str | None = None,
+) -> Results:
+    """Evaluate a run's newest checkpoint (or one checkpoint) and write `results.json`.
+
+    Args:
+        target: A run, or one of its checkpoints.
+        budgets: Effective capacities.
+        out: Folder for the results; by default the target.
+        name: What to call it; by default the target's name.
+    """
+    checkpoint = checkpoint_of(target)
+    config = read_config(checkpoint)
+    model = build_model(config.model)
+    for budget in budgets:
+        model.set_effective_capacity(budget)  # a budget out of reach ends it here, before work
+    load_weights(checkpoint, model)
+    backend = get_backend("cpu", threads=config.parallel.threads)
+    stream = validation_stream(config)
+    results = evaluate(name or target.name, step_of(checkpoint), model, stream, budgets, backend)
+    write_results(out or target, results)
+    return results
+
+
+def report_run(run: Path) -> ReportContent:
+    """Write a run's `report.html`; gives back what it shows."""
+    config = read_config(run)
+    content = ReportContent(
+        title=str(run.name),
+        summary=_summary(run, config),
+        rows=tuple(read_rows(run)),
+        results=(read_results(run),) if (run / RESULTS).is_file() else (),
+        routing=_routing(run, config),
+        verdict=None,
+        config_yaml=to_yaml(config),
+    )
+    write_report(run / REPORT, content)
+    return content
+
+
+def report_files(run: Path, content: ReportContent) -> dict[str, bytes]:
+    """The report and its pictures by file name, to keep beside the run in MLflow."""
+    pictures = {f"figures/{name}": data for name, data in figure_files(content).items()}
+    return {REPORT: (run / REPORT).read_bytes(), **pictures}
+
+
+def class_names(config: RunConfig) -> tuple[str, ...]:
+    """Names of the classes for people: the synsets, or words where the data is ours."""
+    ours = dict(zip(WNIDS, WORDS, strict=True))
+    synsets = read_manifest(config.data.root / "val").classes
+    return tuple(ours.get(synset, synset) for synset in synsets)
+
+
+def _routing(run: Path, config: RunConfig) -> RoutingExamples:
+    checkpoint = checkpoint_of(run)
+    model = build_model(config.model)
+    load_weights(checkpoint, model)
+    budgets = tuple(b for b in ROUTING_BUDGETS if config.model.widths[0] <= b)
+    return routing_examples(model, validation_stream(config), budgets, class_names(config))
+
+
+def _summary(run: Path, config: RunConfig) -> tuple[tuple[str, str], ...]:
+    model = build_model(config.model)
+    train = read_manifest(config.data.root / "train")
+    parameters = sum(p.numel() for p in model.parameters())
+    sizes = config.model
+    return (
+        ("Recipe", config.recipe),
+        (
+            "Model",
+            f"MoNE ViT, D={sizes.dim}, {sizes.depth} layers, {sizes.num_tokens} tokens of "
+            f"{sizes.image_size} px images, widths {', '.join(map(str, sizes.widths))}",
+        ),
+        ("Parameters", f"{parameters:,}"),
+        ("Training images", f"{train.samples:,} in {len(train.classes)} classes"),
+        ("Steps", f"{config.train.steps:,} of {config.train.batch_size} images"),
+        ("Workers", f"{config.parallel.num_workers} x {config.parallel.device}"),
+        ("Checkpoint", checkpoint_of(run).name),
+    )

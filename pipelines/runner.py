@@ -1,0 +1,206 @@
+"""A training run from the driver's side: its folder, its data, its workers, its record.
+
+Everything that a user may have got wrong is checked here, before a worker starts. The loop
+itself is in `train`, what happens on a worker in `worker`.
+"""
+
+import dataclasses
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from cluster.launch import Workers, run_on_workers
+from cluster.mailbox import Mailbox
+from cluster.session import ray_session
+from mone_core.models import ModelConfig
+from pipelines.checkpoint import newest_checkpoint, step_of
+from pipelines.config import CONFIG, RunConfig, differences, flatten, read_config, write_config
+from pipelines.data.manifest import read_manifest
+from pipelines.errors import DatasetError, RunError, RunFailedError
+from pipelines.files import read_json
+from pipelines.metrics import MetricRow, append_row, read_rows, rewind
+from pipelines.terminal import Terminal
+from pipelines.tracking import Tracker
+from pipelines.train import Outcome
+from pipelines.weights import MODEL_CONFIG
+from pipelines.worker import train_worker
+
+# What may change between two starts of one run: none of it changes a single loss.
+_MAY_CHANGE = (
+    "train.keep_checkpoints",
+    "tracking.uri",
+    "tracking.experiment",
+    "tracking.model",
+    "data.root",
+    "data.embedded",
+    "data.threads",
+)
+
+
+def run_training(
+    config: RunConfig, terminal: Terminal, *, tracker: Tracker, verbose: bool = False
+) -> Outcome:
+    """Train a run to its end, or on from where it stopped, and keep its record.
+
+    Args:
+        config: The run, as `resolve` gave it; its folder has been opened by `open_run`.
+        terminal: Where progress is shown.
+        tracker: Where metrics go besides the run's own file.
+        verbose: Let Ray and the workers write to the terminal.
+
+    Raises:
+        RunFailedError: A worker failed.
+    """
+    done = _steps_done(config.out)
+    rewind(config.out, done)
+    tracker.resume_after(read_rows(config.out))
+    with (
+        ray_session(verbose=verbose),
+        terminal.meter("training", "steps") as meter,
+    ):
+        mailbox = Mailbox()
+        outcomes: list[Outcome] = []
+        meter.update(done, config.train.steps, "starting workers")
+
+        def on_message(message: MetricRow | Outcome) -> None:
+            if isinstance(message, Outcome):
+                outcomes.append(message)
+                return
+            append_row(config.out, message)
+            tracker.log(message)
+            if "loss" in message.values:
+                meter.update(message.step, config.train.steps, _note(message))
+
+        with _stop_signals(mailbox.ask_to_stop):
+            run_on_workers(
+                train_worker,
+                {"config": config, "mailbox": mailbox},
+                Workers(
+                    count=config.parallel.num_workers,
+                    device=config.parallel.device,
+                    cpus=config.parallel.threads,
+                ),
+                storage=config.out / ".ray-train",
+                mailbox=mailbox,
+                on_message=on_message,
+            )
+    if not outcomes:
+        raise RunFailedError(f"training of {config.out} ended without saying how")
+    return outcomes[0]
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """Fill in what only the data knows: absolute paths and the number of classes.
+
+    Raises:
+        DatasetError: The data is not there, or training and validation differ in classes.
+    """
+    root = config.data.root.expanduser().absolute()
+    start = config.train.start_from
+    train, val = read_manifest(root / "train"), read_manifest(root / "val")
+    if train.classes != val.classes:
+        odd = sorted(set(train.classes) ^ set(val.classes))[:3]
+        raise DatasetError(
+            f"{root}: training has {len(train.classes)} classes and validation "
+            f"{len(val.classes)}, which differ in {', '.join(odd) or 'their order'}; shard the "
+            f"validation archive with `mone shard VAL {root / 'val'} --classes-of {root / 'train'}`"
+        )
+    return dataclasses.replace(
+        config,
+        out=config.out.expanduser().absolute(),
+        data=dataclasses.replace(config.data, root=root),
+        model=dataclasses.replace(config.model, num_classes=len(train.classes)),
+        train=dataclasses.replace(config.train, start_from=start and start.absolute()),
+    )
+
+
+def open_run(config: RunConfig) -> int:
+    """Make a run's folder, or check that the one there is of the same run.
+
+    Returns:
+        Steps already done: 0 for a new run.
+
+    Raises:
+        RunError: The folder holds something else, or a run with other values.
+    """
+    _check_start(config)
+    if (config.out / CONFIG).is_file():
+        _check_same(read_config(config.out), config)
+        return _steps_done(config.out)
+    if config.out.exists():
+        if not config.out.is_dir():
+            raise RunError(f"{config.out} is a file; name a new folder with --out")
+        others = sorted(path.name for path in config.out.iterdir())
+        if others:
+            raise RunError(
+                f"{config.out} holds something else ({others[0]}"
+                f"{', ...' if len(others) > 1 else ''}) and no run; name a new folder with --out"
+            )
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_config(config.out, config)
+    return 0
+
+
+def _check_start(config: RunConfig) -> None:
+    """The weights to start from must be of the model that is asked for."""
+    start = config.train.start_from
+    if start is None:
+        return
+    theirs = read_json(start / MODEL_CONFIG, ModelConfig, otherwise=RunError)
+    if theirs != config.model:
+        odd = differences(dataclasses.replace(config, model=theirs), config)
+        raise RunError(
+            f"the weights in {start} are of another model: {', '.join(odd)}; set these fields "
+            f"as there, or train without train.start_from"
+        )
+
+
+def _check_same(old: RunConfig, new: RunConfig) -> None:
+    before, after = flatten(old), flatten(new)
+    odd = [
+        f"{name} was {before[name]}, now {after[name]}"
+        for name in before
+        if name not in _MAY_CHANGE and before[name] != after[name]
+    ]
+    if odd:
+        kind = "another model" if any(line.startswith("model.") for line in odd) else "other values"
+        raise RunError(
+            f"{new.out} holds checkpoints of a run with {kind}: {'; '.join(odd)}. Give the same "
+            f"values to go on with it, or another --out to start a new run"
+        )
+
+
+def _steps_done(run: Path) -> int:
+    found = newest_checkpoint(run)
+    return step_of(found) if found else 0
+
+
+def _note(row: MetricRow) -> str:
+    values = row.values
+    return f"loss {values['loss']:.3f}  {values['images_per_second']:.0f} images/s"
+
+
+@contextmanager
+def _stop_signals(ask: Callable[[], None]) -> Iterator[None]:
+    """First SIGINT or SIGTERM: finish the steps up to a checkpoint. Second: stop at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = False
+
+    def handle(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        ask()
+
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,194 @@
+"""The training loop: batch in, step, then whatever is due.
+
+It knows neither Ray nor MLflow nor the cluster. What it runs with comes in as a `Run`
+(`build`); whom it tells goes in as a `Reporter`.
+
+Losses stay on the device; the host looks once per metric row (`_training_row`).
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from cluster.backends import Backend
+from mone_core.losses import softmax_loss
+from mone_core.models import NestedViT
+from pipelines.checkpoint import Checkpoints
+from pipelines.config import RunConfig
+from pipelines.data.batch import Batch, model_input
+from pipelines.data.order import Position, mix64
+from pipelines.data.stream import EvalStream, TrainStream
+from pipelines.errors import RunFailedError
+from pipelines.evaluate import score
+from pipelines.metrics import MetricRow
+from pipelines.optim import learning_rate, set_learning_rate
+
+
+class Outcome(StrEnum):
+    """How a training ended."""
+
+    FINISHED = "finished"
+    STOPPED = "stopped"  # asked to, after a checkpoint; the same command goes on
+
+
+class Reporter(Protocol):
+    """Whom a training tells. Called on rank 0 only."""
+
+    def report(self, row: MetricRow) -> bool:
+        """Take a row of metrics; the answer True asks the training to stop."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """Everything that one training process works with.
+
+    Attributes:
+        core: The bare model: budgets are set and weights saved on it.
+        model: The model to call: `core`, or `core` with gradients averaged over ranks.
+        start: Where the data begins when there is no checkpoint.
+    """
+
+    config: RunConfig
+    backend: Backend
+    core: NestedViT
+    model: nn.Module
+    optimizer: AdamW
+    stream: TrainStream
+    validation: EvalStream
+    checkpoints: Checkpoints
+    reporter: Reporter
+    start: Position
+
+
+def train(run: Run) -> Outcome:
+    """Train to `train.steps`, going on from the newest checkpoint if there is one.
+
+    All ranks see the same answer to "stop?", so they leave the loop at the same step, and
+    always behind a checkpoint.
+    """
+    plan = run.config.train
+    step, position = run.checkpoints.restore_newest(run.core, run.optimizer) or (0, run.start)
+    stop, window = False, _Window(run)
+    with closing(run.stream.batches(position)) as batches:
+        while step < plan.steps and not stop:
+            batch, position = next(batches)
+            window.add(train_step(run, step, batch.to(run.backend.device)))
+            step += 1
+            last = step == plan.steps
+            if last or step % plan.log_every == 0:
+                stop = _report(run, window.row(step))
+            if last or step % plan.eval_every == 0:
+                _report(run, _validation_row(run, step))
+                window.restart_clock()
+            if last or stop or step % plan.checkpoint_every == 0:
+                run.checkpoints.save(step, run.core, run.optimizer, position)
+    return Outcome.FINISHED if step == plan.steps else Outcome.STOPPED
+
+
+def train_step(run: Run, step: int, batch: Batch) -> Tensor:
+    """One update of the weights.
+
+    Args:
+        step: Updates done before this one.
+        batch: This rank's share of the global batch, on the device.
+
+    Returns:
+        Loss of this rank in nats and norm of the averaged gradient before clipping, shape
+        [2], on the device.
+    """
+    optim = run.config.optim
+    run.core.set_effective_capacity(
+        budget_at(step, run.config.train.budgets, run.config.train.seed)
+    )
+    logits_BK = run.model(model_input(batch.pixels_BHWC)).logits_BK
+    loss_B = softmax_loss(logits_BK, batch.labels_B, label_smoothing=optim.label_smoothing)
+    loss = loss_B.mean()
+    run.optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    norm = nn.utils.clip_grad_norm_(run.core.parameters(), optim.clip_norm)
+    set_learning_rate(run.optimizer, learning_rate(step, run.config.train.steps, optim))
+    run.optimizer.step()
+    return torch.stack([loss.detach(), norm])
+
+
+def budget_at(step: int, budgets: Sequence[float], seed: int) -> float:
+    """The effective capacity of a step: drawn evenly from `budgets`, the same on every rank.
+
+    Source: arXiv 2407.19985, section 5, Train-Adaptive.
+    """
+    return budgets[mix64(mix64(seed % 2**64) ^ step) % len(budgets)]
+
+
+class _Window:
+    """Sums over the steps since the last metric row, kept on the device."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._restart()
+        self.restart_clock()
+
+    def add(self, measured: Tensor) -> None:
+        """Count one step's loss and gradient norm."""
+        self._sums += measured
+        self._steps += 1
+
+    def row(self, step: int) -> MetricRow:
+        """The window as a metric row; waits for the device and starts a new window."""
+        run = self._run
+        loss, norm = (run.backend.sum_over_ranks(self._sums) / run.backend.world).tolist()
+        if not math.isfinite(loss):
+            raise RunFailedError(
+                f"the loss is {loss} within the {self._steps} steps up to step {step}; try a lower "
+                f"optim.learning_rate (now {run.config.optim.learning_rate}) and run the command "
+                f"again: it goes on from the last checkpoint"
+            )
+        seconds = time.perf_counter() - self._since
+        images = self._steps * run.config.train.batch_size
+        row = MetricRow(
+            step=step,
+            values={
+                "loss": loss / self._steps,
+                "grad_norm": norm / self._steps,
+                "learning_rate": learning_rate(step - 1, run.config.train.steps, run.config.optim),
+                "alpha": float(torch.stack([alpha() for alpha in run.core.alphas]).mean()),
+                "epoch": step * run.config.train.batch_size / run.stream.num_samples,
+                "images_per_second": images / seconds,
+            },
+        )
+        self._restart()
+        self.restart_clock()
+        return row
+
+    def restart_clock(self) -> None:
+        """Do not count what came between as training time."""
+        self._since = time.perf_counter()
+
+    def _restart(self) -> None:
+        self._sums = torch.zeros(2, device=self._run.backend.device)
+        self._steps = 0
+
+
+def _validation_row(run: Run, step: int) -> MetricRow:
+    values = {}
+    for budget, found in score(
+        run.core, run.validation, run.config.train.eval_budgets, run.backend
+    ).items():
+        values[f"val_accuracy/ec_{budget:.2f}"] = found.accuracy
+        values[f"val_loss/ec_{budget:.2f}"] = found.loss
+    return MetricRow(step=step, values=values)
+
+
+def _report(run: Run, row: MetricRow) -> bool:
+    """Tell of a row from rank 0; the reporter's answer reaches every rank."""
+    stop = run.backend.rank == 0 and run.reporter.report(row)
+    agreed = run.backend.sum_over_ranks(torch.tensor(float(stop), device=run.backend.device))
+    return bool(agreed.item())
