@@ -11,6 +11,7 @@ people with any kind of colour vision can tell apart; right and wrong also carry
 
 import io
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ INK, MUTED, RULE = "#1f2933", "#667085", "#e4e7ec"
 RUN_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#1f2933")
 RUN_MARKERS = "osD^vP"  # one fewer than colours: 42 runs before a pair comes again
 FONT = "DejaVu Sans"
+ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 STYLE: dict[str, Any] = {
     "font.family": FONT,
     "font.size": 10,
@@ -246,8 +248,10 @@ def shade(rank: int, of: int) -> str:
 def cut(text: str, points: float, size: float = 9) -> str:
     """Other people's text as matplotlib draws it literally, cut with an ellipsis to a width."""
     shown = _drawable(text)
-    while len(shown) > 1 and _width(shown, size) > points:
-        shown = shown.rstrip("\N{HORIZONTAL ELLIPSIS}")[:-1].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
+    if _width(shown, size) > points:
+        lengths = range(1, len(shown))
+        kept = bisect_right(lengths, points, key=lambda n: _width(shown[:n] + ELLIPSIS, size))
+        shown = shown[:kept].rstrip() + ELLIPSIS
     return shown.replace("$", r"\$")  # a dollar sign is no formula here
 
 

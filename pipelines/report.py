@@ -382,5 +382,6 @@ def significant(value: float) -> str:
     """A positive number to three digits, in full: 0.0421, 4.21, 421, 42,100."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    decimals = 2 - math.floor(math.log10(abs(value)))
-    return f"{round(value, decimals):,.{max(0, decimals)}f}"
+    rounded = float(f"{value:.3g}")
+    decimals = max(0, 2 - math.floor(math.log10(abs(rounded))))
+    return f"{rounded:,.{decimals}f}"

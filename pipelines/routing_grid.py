@@ -127,7 +127,8 @@ def _draw_row(sheet: _Sheet, examples: RoutingExamples, row: int, mixed: int) ->
 
 def _draw_foot(sheet: _Sheet, text: str, column: int, row: int, colour: str) -> None:
     x, y = sheet.corner(column, row)
-    sheet.write(cut(text, sheet.wide * 72, 10.5), x, y + sheet.picture + 0.05, color=colour)
+    shown = cut(text, 0.95 * sheet.wide * 72, 10.5)  # hinting can make a line a little wider
+    sheet.write(shown, x, y + sheet.picture + 0.05, color=colour)
 
 
 def _draw_outline(sheet: _Sheet, tokens: npt.NDArray[np.bool_], column: int, row: int) -> None:

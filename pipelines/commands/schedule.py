@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.schedules import Schedule, crontab_line, kubernetes_manifest
-
 from pipelines.files import write_atomically
 
 EXAMPLE = (

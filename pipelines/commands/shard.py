@@ -9,7 +9,14 @@ from pathlib import Path
 
 from cluster.session import ray_session
 from pipelines.data.manifest import read_manifest
-from pipelines.data.shards import SAMPLES_PER_SHARD, Progress, ShardingReport, add_archive, write_shards
+from pipelines.data.plan import Part
+from pipelines.data.shards import (
+    SAMPLES_PER_SHARD,
+    Progress,
+    ShardingReport,
+    add_archive,
+    write_shards,
+)
 from pipelines.errors import UsageError
 from pipelines.terminal import Meter, Terminal
 
@@ -53,13 +60,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="let Ray write to the terminal too")
 
 
-def _parts(args: argparse.Namespace) -> list[tuple[Path, str]]:
+def _parts(args: argparse.Namespace) -> list[tuple[Path, Part]]:
     if not args.val_fraction:
         return [(args.out, "all")]
     return [(args.out / "train", "train"), (args.out / "val", "val")]
 
 
-def _shard(args: argparse.Namespace, out: Path, part: str, terminal: Terminal) -> ShardingReport:
+def _shard(args: argparse.Namespace, out: Path, part: Part, terminal: Terminal) -> ShardingReport:
     with terminal.meter(f"sharding {out}", "parts") as meter:
         progress = _progress(meter)
         if args.append:

@@ -6,6 +6,7 @@ from cluster.session import ray_session
 from pipelines.config import DataConfig
 from pipelines.data.digits import write_digit_archives
 from pipelines.data.manifest import MANIFEST
+from pipelines.data.plan import Part
 from pipelines.data.shards import ShardingReport, write_shards
 from pipelines.terminal import Terminal
 
@@ -61,7 +62,8 @@ def shard_split(
 ) -> tuple[ShardingReport, ShardingReport]:
     """Shard one archive into `root/train` and `root/val`, held out by a hash of each key."""
     reports = []
-    for part in ("train", "val"):
+    parts: tuple[Part, ...] = ("train", "val")
+    for part in parts:
         with terminal.meter(f"sharding {part}", "parts") as meter:
             reports.append(
                 write_shards(

@@ -9,7 +9,7 @@ import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -35,6 +35,9 @@ MEMBERS = pa.struct(
 )
 
 
+Part = Literal["all", "train", "val"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardJob:
     """One dataset version in the making; travels to every task.
@@ -49,6 +52,8 @@ class ShardJob:
         samples_per_shard: Upper limit.
         max_bad_fraction: Share of the members that may be unusable.
         first_shard: Number of the first new shard.
+        part: Which members to take: all, or one side of the split that holds out validation.
+        val_fraction: Share of the members that this split holds out.
     """
 
     archive: Path
@@ -60,6 +65,8 @@ class ShardJob:
     samples_per_shard: int
     max_bad_fraction: float
     first_shard: int
+    part: Part = "all"
+    val_fraction: float = 0.0
 
     def member_name(self, row: dict[str, Any]) -> str:
         """A member as messages and manifest call it: tar, slash, name in the tar."""
@@ -86,7 +93,7 @@ class PlannedShard:
 
 
 def tar_rows(job: ShardJob, tar: int) -> list[dict[str, Any]]:
-    """Every member of a tar as a row of `MEMBERS`.
+    """Every member of a tar, if it is of the job's part, as a row of `MEMBERS`.
 
     Raises:
         ArchiveError: The tar is damaged or cannot be read.
@@ -102,14 +109,23 @@ def tar_rows(job: ShardJob, tar: int) -> list[dict[str, Any]]:
             "offset": member.offset,
             "size": member.size,
             "problem": member.problem,
-            "order": _shuffle_hash(job.seed, member.key),
+            "order": _hash(job.seed, member.key),
         }
         for member in scan_tar(path)
+        if _in_part(job, member.key)
     ]
 
 
-def _shuffle_hash(seed: int, key: str) -> int:
-    digest = hashlib.blake2b(f"{seed} {key}".encode(), digest_size=8)
+def _in_part(job: ShardJob, key: str) -> bool:
+    """Which side of the split a sample is on depends on its key alone, for good."""
+    if job.part == "all":
+        return True
+    held_out = _hash("split", key) < job.val_fraction * 2**64
+    return held_out == (job.part == "val")
+
+
+def _hash(purpose: int | str, key: str) -> int:
+    digest = hashlib.blake2b(f"{purpose} {key}".encode(), digest_size=8)
     return int.from_bytes(digest.digest(), "big")
 
 

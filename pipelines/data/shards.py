@@ -47,6 +47,7 @@ from pipelines.data.pack import (
 )
 from pipelines.data.plan import (
     MEMBERS,
+    Part,
     PlannedShard,
     ShardJob,
     check_quality,
@@ -93,6 +94,8 @@ def write_shards(
     samples_per_shard: int = SAMPLES_PER_SHARD,
     max_bad_fraction: float = 0.01,
     classes: tuple[str, ...] | None = None,
+    part: Part = "all",
+    val_fraction: float = 0.0,
     progress: Progress | None = None,
 ) -> ShardingReport:
     """Make a dataset folder out of an archive; continue it if a run was interrupted.
@@ -105,6 +108,8 @@ def write_shards(
         max_bad_fraction: Share of the archive's members that may be unusable.
         classes: Synsets in label order, so that two datasets agree on labels; by default those
             of the archive, sorted. A synset without a tar is fine.
+        part: All samples, or the "train" or "val" side of a split by a hash of the key.
+        val_fraction: Share of the samples that this split holds out for "val".
         progress: Called with ("check", tars done, all) and ("write", shards done, all).
 
     Raises:
@@ -116,12 +121,14 @@ def write_shards(
         archive=archive,
         out=out.resolve(),
         tars=tars,
-        source=_source(archive, tars, version=1),
+        source=_source(archive, tars, version=1, part=(part, val_fraction)),
         classes=tuple(tar.stem for tar in tars) if classes is None else classes,
         seed=seed,
         samples_per_shard=samples_per_shard,
         max_bad_fraction=max_bad_fraction,
         first_shard=0,
+        part=part,
+        val_fraction=val_fraction,
     )
     _check_classes(job)
     if not (out / MANIFEST).is_file():
@@ -177,8 +184,17 @@ def add_archive(
     return _make_version(job, base, progress)
 
 
-def _source(archive: Path, tars: tuple[Path, ...], *, version: int) -> SourceRecord:
-    return SourceRecord(name=archive.resolve().name, fingerprint=fingerprint(tars), version=version)
+def _source(
+    archive: Path,
+    tars: tuple[Path, ...],
+    *,
+    version: int,
+    part: tuple[Part, float] = ("all", 0.0),
+) -> SourceRecord:
+    """An archive, or a part of it, as the manifest remembers it."""
+    which, share = part
+    print_ = fingerprint(tars) if which == "all" else f"{fingerprint(tars)} {which} of {share}"
+    return SourceRecord(name=archive.resolve().name, fingerprint=print_, version=version)
 
 
 def _nothing(

@@ -85,16 +85,20 @@ def routing(images=2, size=32, names=("cat", "dog")):
 
 
 def content(**changes):
-    whole = ReportContent(
+    """What a comparison gives: results alone; `WHOLE` adds what a run has."""
+    results_only = ReportContent(
         title="demo/run",
         summary=(("Recipe", "digits"), ("Parameters", "460,000")),
-        rows=metric_rows(),
+        rows=(),
         results=(results("demo/run", (0.8, 0.91, 0.93)),),
-        routing=routing(),
+        routing=None,
         verdict=None,
         config_yaml="model:\n  dim: 96\n",
     )
-    return replace(whole, **changes)
+    return replace(results_only, **changes)
+
+
+WHOLE = {"rows": metric_rows(), "routing": routing()}
 
 
 class Page(HTMLParser):
@@ -137,20 +141,28 @@ def decode(uri):
     return kind
 
 
-def test_every_picture_is_inline_decodes_and_says_what_it_shows(tmp_path):
-    page = page_of(tmp_path)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Path of a report with every section."""
+    path = tmp_path_factory.mktemp("whole") / "report.html"
+    write_report(path, content(**WHOLE))
+    return path
+
+
+def test_every_picture_is_inline_decodes_and_says_what_it_shows(whole):
+    page = Page(whole)
 
     kinds = [decode(picture["src"]) for picture in page.pictures]
     assert sorted(kinds) == ["image/png", *["image/svg+xml"] * 4]
     assert all(len(picture["alt"]) > 20 for picture in page.pictures)
 
 
-def test_the_file_refers_to_nothing_outside_itself(tmp_path):
-    page = page_of(tmp_path)
+def test_the_file_refers_to_nothing_outside_itself(whole):
+    page = Page(whole)
 
     assert all(link.startswith("data:") for link in page.links)
     assert "script" not in page.tags
-    assert not re.search(r"https?://|@import|url\(", (tmp_path / "report.html").read_text())
+    assert not re.search(r"https?://|@import|url\(", whole.read_text())
 
 
 def test_names_from_outside_are_shown_and_never_become_markup(tmp_path):
@@ -171,8 +183,8 @@ def test_names_from_outside_are_shown_and_never_become_markup(tmp_path):
         decode(picture["src"])
 
 
-def test_the_table_holds_every_budget_with_its_numbers(tmp_path):
-    text = page_of(tmp_path).text
+def test_the_table_holds_every_budget_with_its_numbers(whole):
+    text = Page(whole).text
 
     assert "0.50 0.496 20.0 50 % 91.0 % ± 1.4 0.250 22.0 364" in text
     assert "one standard error over 400 samples" in text
@@ -180,8 +192,8 @@ def test_the_table_holds_every_budget_with_its_numbers(tmp_path):
     assert "x86_64, 2 cores, cpu, torch 2.13.0, commit abc123" in text
 
 
-def test_one_evaluation_has_no_comparison(tmp_path):
-    assert "side by side" not in page_of(tmp_path).text
+def test_one_evaluation_has_no_comparison(whole):
+    assert "side by side" not in Page(whole).text
 
 
 def test_several_evaluations_are_compared_to_the_first(tmp_path):
@@ -208,7 +220,6 @@ def test_evaluations_without_a_common_budget_are_listed_but_not_compared(tmp_pat
 @pytest.mark.parametrize(
     ("changes", "gone"),
     [
-        ({"rows": ()}, "Training"),
         ({"rows": metric_rows()[:1]}, "Training"),
         ({"results": ()}, "What each budget costs and gives"),
         ({"results": ()}, "Accuracy and time against compute"),
@@ -217,15 +228,13 @@ def test_evaluations_without_a_common_budget_are_listed_but_not_compared(tmp_pat
         ({"config_yaml": ""}, "Configuration"),
     ],
 )
-def test_what_is_missing_leaves_out_its_section(tmp_path, changes, gone):
-    whole, part = page_of(tmp_path).text, page_of(tmp_path, **changes).text
-
-    assert gone in whole
-    assert gone not in part
+def test_what_is_missing_leaves_out_its_section(tmp_path, whole, changes, gone):
+    assert gone in Page(whole).text
+    assert gone not in page_of(tmp_path, **changes).text
 
 
 def test_a_report_of_nothing_still_says_what_it_is_about(tmp_path):
-    page = page_of(tmp_path, rows=(), results=(), routing=None, summary=(), config_yaml="")
+    page = page_of(tmp_path, results=(), summary=(), config_yaml="")
 
     assert page.pictures == []
     assert page.text.count("demo/run") == 2  # the tab and the heading
@@ -246,7 +255,7 @@ def test_a_second_report_replaces_the_first_and_leaves_no_other_file(tmp_path):
 
 
 def test_the_figures_come_by_name_for_the_tracker():
-    files = figure_files(content())
+    files = figure_files(content(**WHOLE))
 
     assert list(files) == [
         "accuracy-by-compute.svg",
@@ -255,7 +264,7 @@ def test_the_figures_come_by_name_for_the_tracker():
         "accuracy.svg",
         "routing.png",
     ]
-    assert figure_files(content(rows=(), results=(), routing=None)) == {}
+    assert figure_files(content(results=())) == {}
 
 
 def test_eight_photographs_at_four_budgets_stay_below_three_megabytes(tmp_path):
@@ -385,9 +394,8 @@ MEASURE = """<script>addEventListener("load", () => {
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's package `chromium`")
-def test_a_browser_shows_every_picture_and_nothing_wider_than_a_phone(tmp_path):
-    page_of(tmp_path)
-    html = (tmp_path / "report.html").read_text()
+def test_a_browser_shows_every_picture_and_nothing_wider_than_a_phone(tmp_path, whole):
+    html = whole.read_text()
     # The page itself forbids scripts: a copy without that policy lets the browser measure it.
     open_to_scripts = re.sub(r"<meta http-equiv[^>]+>", "", html).replace("</body>", MEASURE)
     measured = tmp_path / "measured.html"
@@ -402,12 +410,10 @@ def test_a_browser_shows_every_picture_and_nothing_wider_than_a_phone(tmp_path):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's package `chromium`")
-def test_a_browser_paints_the_page_under_its_own_policy(tmp_path):
-    page_of(tmp_path)
+def test_a_browser_paints_the_page_under_its_own_policy(tmp_path, whole):
     shot = tmp_path / "shot.png"
 
-    report = tmp_path / "report.html"
-    chromium(tmp_path, report, "--window-size=1200,3000", f"--screenshot={shot}")
+    chromium(tmp_path, whole, "--window-size=1200,3000", f"--screenshot={shot}")
 
     pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
     blue = (np.abs(pixels - (0x00, 0x72, 0xB2)).max(axis=2) < 12).sum()  # the line of a chart
