@@ -68,6 +68,7 @@ def ray_session(*, num_cpus: int | None = None, verbose: bool = False) -> Iterat
         if address == LOCAL:
             stack.enter_context(_short_temp_dir())
             stack.enter_context(_private_token())
+            stack.enter_context(_own_address())
         stack.callback(ray.shutdown)
         log_folder = _start_or_join(address, num_cpus, verbose)
         try:
@@ -130,7 +131,8 @@ def _check_reachable(address: str) -> None:
 def _cannot_join(address: str, reason: str) -> str:
     return (
         f"cannot join the Ray cluster at RAY_ADDRESS {address!r} ({reason}); "
-        "start it, mend the address, or unset RAY_ADDRESS to use this machine alone"
+        "start it, mend the address or the token in RAY_AUTH_TOKEN, or unset RAY_ADDRESS to use "
+        "this machine alone"
     )
 
 
@@ -168,6 +170,26 @@ def _private_token() -> Iterator[None]:
     finally:
         _restore_environment(before)
         _reload_auth()
+
+
+@contextmanager
+def _own_address() -> Iterator[None]:
+    """Tell every process started in this block which Ray instance is its own.
+
+    Left alone, Ray's State API takes whatever instance it finds on the machine and gives up
+    when there are two; Ray Train's workers then never learn that a trial has stopped.
+    """
+    before = {name: os.environ.get(name) for name in ("RAY_ADDRESS", "RAY_GCS_SERVER_PORT")}
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    host = ray.util.get_node_ip_address()
+    os.environ["RAY_GCS_SERVER_PORT"] = str(port)
+    os.environ["RAY_ADDRESS"] = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        yield
+    finally:
+        _restore_environment(before)
 
 
 def _user_has_token() -> bool:

@@ -74,8 +74,8 @@ class NestedBlock(nn.Module):
             gate_NB1: Factor on the MLP branch of each token, `alpha * r + 1` (eq. 1).
         """
         x_NBD = self.attention(x_NBD, self.attention_norm(x_NBD), layout)
-        x_NBD = self.mlp(x_NBD, self.mlp_norm(x_NBD), layout, gate_NB1)
-        return x_NBD
+        out_NBD: Tensor = self.mlp(x_NBD, self.mlp_norm(x_NBD), layout, gate_NB1)
+        return out_NBD
 
 
 class BoundedScale(nn.Module):

@@ -6,7 +6,9 @@ all, `COMMITTED` with the size and hash of every other file. A folder without th
 what a killed run left behind, and nobody reads it. No pickle is written or read.
 """
 
+import dataclasses
 import hashlib
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -26,7 +28,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import AdamW
 
 from cluster.backends import Backend
-from pipelines.config import RunConfig, read_config, write_config
+from mone_core.models import NestedViT
+from pipelines.config import CONFIG, RunConfig, differences, read_config, write_config
 from pipelines.data.order import Position
 from pipelines.errors import RunError
 from pipelines.files import read_json, write_json
@@ -35,6 +38,7 @@ CHECKPOINTS = "checkpoints"
 COMMITTED = "COMMITTED"
 POSITION = "position.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_NAME = re.compile(r"step_\d+")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +64,7 @@ class Checkpoints:
         self._backend = backend
 
     def save(self, step: int, model: nn.Module, optimizer: AdamW, position: Position) -> None:
-        """Write `step_<step>/`, then drop the oldest beyond `train.keep_checkpoints`."""
+        """Write `step_<step>/`, then keep the newest `train.keep_checkpoints` and no others."""
         folder = self._folder / f"step_{step}"
         if self._backend.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)  # left unfinished by a killed run
@@ -102,35 +106,47 @@ class Checkpoints:
         return int(self._backend.sum_over_ranks(mine))
 
     def _drop_old(self) -> None:
-        for folder in committed(self._folder.parent)[self._config.train.keep_checkpoints :]:
-            (folder / COMMITTED).unlink()  # first of all, so that half a folder never counts
-            shutil.rmtree(folder)
+        run = self._folder.parent
+        kept = committed(run)[: self._config.train.keep_checkpoints]
+        for folder in _folders(run):
+            if folder not in kept:  # too old, or left unfinished by a killed run
+                (folder / COMMITTED).unlink(missing_ok=True)  # first: half a folder never counts
+                shutil.rmtree(folder)
 
 
 def committed(run: Path) -> list[Path]:
     """A run's checkpoints that were written to the end, newest first."""
-    folders = [marker.parent for marker in (run / CHECKPOINTS).glob(f"step_*/{COMMITTED}")]
-    return sorted(folders, key=step_of, reverse=True)
+    return [folder for folder in _folders(run) if (folder / COMMITTED).is_file()]
 
 
 def newest_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint whose files are what its marker says; damaged ones are passed over."""
     for folder in committed(run):
-        if not damage(folder):
+        wrong = damage(folder)
+        if not wrong:
             return folder
-        warnings.warn(f"passing over {folder}: {damage(folder)}", stacklevel=2)
+        warnings.warn(f"passing over {folder}: {wrong}", stacklevel=2)
     return None
 
 
 def damage(checkpoint: Path) -> str:
     """What is wrong with a checkpoint's files, in words; empty when nothing is."""
-    records = read_json(checkpoint / COMMITTED, dict[str, FileRecord], otherwise=RunError)
+    try:
+        records = read_json(checkpoint / COMMITTED, dict[str, FileRecord], otherwise=RunError)
+    except RunError as error:
+        return str(error)
     for name, record in records.items():
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
         if _record(checkpoint / name) != record:
             return f"{name} was changed after it was written"
     return ""
+
+
+def _folders(run: Path) -> list[Path]:
+    """Every checkpoint folder, finished or not, newest first; other names are not ours."""
+    found = (run / CHECKPOINTS).glob("step_*")
+    return sorted((f for f in found if _NAME.fullmatch(f.name)), key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -157,12 +173,19 @@ def checkpoint_of(run: Path) -> Path:
     return found
 
 
-def load_weights(checkpoint: Path, model: nn.Module) -> None:
+def load_weights(checkpoint: Path, model: NestedViT) -> None:
     """Load a checkpoint's weights into a model of the same configuration.
 
     Raises:
         RunError: The checkpoint is of another model; names the fields that differ.
     """
+    config = read_config(checkpoint)
+    if config.model != model.config:
+        odd = differences(config, dataclasses.replace(config, model=model.config))
+        raise RunError(
+            f"checkpoint {checkpoint} is of another model: {', '.join(odd)}; build the model "
+            f"from the {CONFIG} beside the weights"
+        )
     tensors = {name: torch.empty_like(value) for name, value in _weights(model).items()}
     _load(tensors, checkpoint)
     model.load_state_dict({name.removeprefix("model."): value for name, value in tensors.items()})
@@ -198,7 +221,8 @@ def _put_moments(tensors: dict[str, Tensor], model: nn.Module, optimizer: AdamW,
     )
     for name, parameter in model.named_parameters():
         moments = {moment: tensors[f"optimizer.{name}.{moment}"] for moment in _MOMENTS}
-        optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+        count = torch.tensor(float(step), device=parameter.device)  # where fused Adam wants it
+        optimizer.state[parameter] = {"step": count, **moments}
 
 
 def _load(tensors: dict[str, Tensor], folder: Path) -> None:

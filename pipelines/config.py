@@ -81,7 +81,7 @@ class OptimConfig:
         problems = []
         if not self.learning_rate > 0:
             problems.append(f"learning_rate must be above 0, got {self.learning_rate}")
-        if self.weight_decay < 0:
+        if not self.weight_decay >= 0:  # which also refuses what is no number
             problems.append(f"weight_decay must be 0 or more, got {self.weight_decay}")
         if not all(0 <= beta < 1 for beta in self.betas):
             problems.append(f"betas must lie in [0, 1), got {self.betas}")
@@ -208,11 +208,12 @@ class RunConfig:
                 f"data.eval_resize must be at least model.image_size, got "
                 f"{self.data.eval_resize} and {self.model.image_size}"
             )
-        for budget in dict.fromkeys((*self.train.budgets, *self.train.eval_budgets)):
-            try:
-                capacity_distribution(budget, self.model.widths)
-            except CapacityError as error:
-                problems.append(f"train.budgets: {error}")
+        for name in ("budgets", "eval_budgets"):
+            for budget in getattr(self.train, name):
+                try:
+                    capacity_distribution(budget, self.model.widths)
+                except CapacityError as error:
+                    problems.append(f"train.{name}: {error}")
         _raise_if_any("run", problems)
 
 

@@ -6,7 +6,6 @@ from cluster.backends import get_backend
 from mone_core.models import build_model
 from pipelines.checkpoint import checkpoint_of, load_weights, step_of
 from pipelines.config import RunConfig, read_config, to_yaml
-from pipelines.data.digits import WNIDS, WORDS
 from pipelines.data.manifest import read_manifest
 from pipelines.evaluate import evaluate, validation_stream
 from pipelines.metrics import read_rows
@@ -70,19 +69,13 @@ def report_files(run: Path, content: ReportContent) -> dict[str, bytes]:
     return {REPORT: (run / REPORT).read_bytes(), **pictures}
 
 
-def class_names(config: RunConfig) -> tuple[str, ...]:
-    """Names of the classes for people: the synsets, or words where the data is ours."""
-    ours = dict(zip(WNIDS, WORDS, strict=True))
-    synsets = read_manifest(config.data.root / "val").classes
-    return tuple(ours.get(synset, synset) for synset in synsets)
-
-
 def _routing(run: Path, config: RunConfig) -> RoutingExamples:
     checkpoint = checkpoint_of(run)
     model = build_model(config.model)
     load_weights(checkpoint, model)
     budgets = tuple(b for b in ROUTING_BUDGETS if config.model.widths[0] <= b)
-    return routing_examples(model, validation_stream(config), budgets, class_names(config))
+    names = read_manifest(config.data.root / "val").class_names
+    return routing_examples(model, validation_stream(config), budgets, names)
 
 
 def _summary(run: Path, config: RunConfig) -> tuple[tuple[str, str], ...]:

@@ -19,6 +19,7 @@ from mone_core.models import ModelConfig
 from pipelines.checkpoint import newest_checkpoint, step_of
 from pipelines.config import CONFIG, RunConfig, differences, flatten, read_config, write_config
 from pipelines.data.manifest import read_manifest
+from pipelines.data.order import steps_per_epoch
 from pipelines.errors import DatasetError, RunError, RunFailedError
 from pipelines.files import read_json
 from pipelines.metrics import MetricRow, append_row, read_rows, rewind
@@ -30,6 +31,7 @@ from pipelines.worker import train_worker
 
 # What may change between two starts of one run: none of it changes a single loss.
 _MAY_CHANGE = (
+    "out",  # a folder that was moved
     "train.keep_checkpoints",
     "tracking.uri",
     "tracking.experiment",
@@ -96,7 +98,8 @@ def resolve(config: RunConfig) -> RunConfig:
     """Fill in what only the data knows: absolute paths and the number of classes.
 
     Raises:
-        DatasetError: The data is not there, or training and validation differ in classes.
+        DatasetError: The data is not there, is less than a batch, or training and validation
+            differ in classes.
     """
     root = config.data.root.expanduser().absolute()
     start = config.train.start_from
@@ -108,12 +111,13 @@ def resolve(config: RunConfig) -> RunConfig:
             f"{len(val.classes)}, which differ in {', '.join(odd) or 'their order'}; shard the "
             f"validation archive with `mone shard VAL {root / 'val'} --classes-of {root / 'train'}`"
         )
+    steps_per_epoch(train.samples, config.train.batch_size)  # refuses what is less than a batch
     return dataclasses.replace(
         config,
         out=config.out.expanduser().absolute(),
         data=dataclasses.replace(config.data, root=root),
         model=dataclasses.replace(config.model, num_classes=len(train.classes)),
-        train=dataclasses.replace(config.train, start_from=start and start.absolute()),
+        train=dataclasses.replace(config.train, start_from=start and start.expanduser().absolute()),
     )
 
 

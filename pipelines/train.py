@@ -141,16 +141,18 @@ class _Window:
         self._sums += measured
         self._steps += 1
 
+    @torch.no_grad()
     def row(self, step: int) -> MetricRow:
         """The window as a metric row; waits for the device and starts a new window."""
         run = self._run
         loss, norm = (run.backend.sum_over_ranks(self._sums) / run.backend.world).tolist()
-        if not math.isfinite(loss):
-            raise RunFailedError(
-                f"the loss is {loss} within the {self._steps} steps up to step {step}; try a lower "
-                f"optim.learning_rate (now {run.config.optim.learning_rate}) and run the command "
-                f"again: it goes on from the last checkpoint"
-            )
+        for name, value in (("loss", loss), ("gradient norm", norm)):
+            if not math.isfinite(value):
+                raise RunFailedError(
+                    f"the {name} is {value} within the {self._steps} steps up to step {step}; "
+                    f"start a new run with a lower optim.learning_rate "
+                    f"(now {run.config.optim.learning_rate})"
+                )
         seconds = time.perf_counter() - self._since
         images = self._steps * run.config.train.batch_size
         row = MetricRow(

@@ -1,13 +1,22 @@
 """What runs on every training process that Ray Train starts: build, train, tell the driver."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from cluster.backends import get_backend
 from cluster.mailbox import Mailbox
 from pipelines.build import build_run
 from pipelines.config import RunConfig
+from pipelines.errors import RunError
 from pipelines.metrics import MetricRow
 from pipelines.train import train
+
+LOCK = ".training.lock"
+LOCK_SECONDS = 30.0
 
 
 def train_worker(argument: dict[str, Any]) -> None:
@@ -20,9 +29,26 @@ def train_worker(argument: dict[str, Any]) -> None:
     config: RunConfig = argument["config"]
     mailbox: Mailbox = argument["mailbox"]
     backend = get_backend(config.parallel.device, threads=config.parallel.threads)
-    outcome = train(build_run(config, backend, MailboxReporter(mailbox)))
+    with _only_training(config.out) if backend.rank == 0 else nullcontext():
+        outcome = train(build_run(config, backend, MailboxReporter(mailbox)))
     if backend.rank == 0:
         mailbox.put(outcome)
+
+
+@contextmanager
+def _only_training(run: Path) -> Iterator[None]:
+    """Hold the run's lock, so that two trainings never write one run's checkpoints.
+
+    Workers of a killed driver may live on for moments; they are waited for.
+    """
+    try:
+        with FileLock(run / LOCK, timeout=LOCK_SECONDS):
+            yield
+    except Timeout as error:
+        raise RunError(
+            f"another training of {run} is under way (it holds {run / LOCK}); wait for its end, or "
+            f"name another folder with --out"
+        ) from error
 
 
 class MailboxReporter:

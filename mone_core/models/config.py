@@ -1,10 +1,13 @@
 """What a model is, as data: sizes, nesting, and the choices where the paper is silent."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mone_core.block import Gelu
 from mone_core.capacity import NESTED_WIDTHS, Form, capacity_distribution
 from mone_core.errors import CapacityError, ConfigError
+
+Positions = Literal["normal", "sincos"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +28,8 @@ class ModelConfig:
             `mone_core.capacity.capacity_distribution`.
         gelu: "tanh" as the JAX families, "erf" as timm and Hugging Face.
         norm_eps: Epsilon of every layer norm.
+        positions: What the learned position table starts from: "normal" noise of 0.02, or
+            "sincos", 2-D sines and cosines, which learn faster where training is short.
         alpha_per_layer: One alpha (eq. 1) per layer, or one for the model.
     """
 
@@ -42,6 +47,7 @@ class ModelConfig:
     capacity_beta: float = 10.0
     gelu: Gelu = "tanh"
     norm_eps: float = 1e-6
+    positions: Positions = "normal"
     alpha_per_layer: bool = True
 
     def __post_init__(self) -> None:
@@ -79,9 +85,10 @@ class ModelConfig:
         )
 
     def _size_problems(self) -> list[str]:
+        sizes = ("image_size", "patch_size", "num_classes", "dim", "depth", "heads", "mlp_ratio")
         problems = [
             f"{name} must be 1 or more, got {value}"
-            for name in ("image_size", "patch_size", "num_classes", "dim", "depth", "heads")
+            for name in sizes
             if (value := getattr(self, name)) < 1
         ]
         if problems:
@@ -92,6 +99,8 @@ class ModelConfig:
             )
         if self.dim % self.heads:
             problems.append(f"heads must divide dim, got {self.heads} and {self.dim}")
+        if self.positions == "sincos" and (self.dim % 4 or self.dim < 8):
+            problems.append(f"positions sincos need a dim of 8 or more by fours, got {self.dim}")
         split = [w for w in self.widths if abs(w * self.dim - round(w * self.dim)) > 1e-6]
         if split:
             problems.append(

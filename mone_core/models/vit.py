@@ -23,6 +23,9 @@ from mone_core.models.config import ModelConfig
 from mone_core.nested import Layout
 from mone_core.routing import Router, expert_preferred_routing, sort_by_width
 
+# From the fastest to the slowest sine. Grids have tens of positions along a side, not thousands.
+POSITION_SPAN = 100.0
+
 
 class Output(NamedTuple):
     """What a model says of a batch of images.
@@ -45,10 +48,9 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.patch_size = config.patch_size
         self.project = nn.Linear(3 * config.patch_size**2, config.dim)
-        self.position_ND = nn.Parameter(torch.empty(config.num_tokens, config.dim))
+        self.position_ND = nn.Parameter(_first_positions(config))
         nn.init.xavier_uniform_(self.project.weight)
         nn.init.zeros_(self.project.bias)
-        nn.init.normal_(self.position_ND, std=0.02)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images `[B, 3, height, width]` -> tokens `BND`, patches in raster order."""
@@ -129,6 +131,19 @@ class NestedViT(nn.Module):
             + config.depth * block
             + linear_macs(1, dim, config.num_classes)
         )
+
+
+def _first_positions(config: ModelConfig) -> Tensor:
+    """What the position table starts from, shape ND."""
+    if config.positions == "normal":
+        return torch.empty(config.num_tokens, config.dim).normal_(std=0.02)
+    axis_G = torch.arange(config.grid, dtype=torch.get_default_dtype())
+    frequencies = POSITION_SPAN ** -torch.linspace(0, 1, config.dim // 4)
+    y_NF, x_NF = (
+        place_GG.flatten()[:, None] * frequencies
+        for place_GG in torch.meshgrid(axis_G, axis_G, indexing="ij")
+    )
+    return 0.5 * torch.cat([x_NF.sin(), x_NF.cos(), y_NF.sin(), y_NF.cos()], dim=1)
 
 
 @lru_cache(maxsize=1024)  # a training that draws its budget anew each step asks each step

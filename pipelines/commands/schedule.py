@@ -5,7 +5,7 @@ Nothing is installed; what stands behind -- goes to `mone retrain`.
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from cluster.schedules import Schedule, crontab_line, kubernetes_manifest
 from pipelines.files import write_atomically
@@ -35,6 +35,7 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.out, kubernetes_manifest(schedule).encode())
     print(f"KubeRay manifest -> {args.out}   (kubectl apply -f {args.out})")
+    here = PurePosixPath(Path.cwd())
     print("crontab line for one machine:")
-    print(crontab_line(schedule, workdir=Path.cwd(), log=Path.cwd() / f"{args.name}.log"))
+    print(crontab_line(schedule, workdir=here, log=here / f"{args.name}.log"))
     return 0

@@ -10,7 +10,7 @@ import hashlib
 import io
 import tarfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -24,6 +24,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 MAX_MEMBER_BYTES = 256 * 2**20
 DIRECTORY = "is a directory"
 BLOCK = 512
+WORDS_FILE = "words.txt"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +66,19 @@ def find_tars(archive: Path) -> tuple[Path, ...]:
     if not tars:
         raise ArchiveError(f"archive {archive} holds no tars; {layout}")
     return tuple(tars)
+
+
+def class_names(archive: Path, classes: Sequence[str]) -> tuple[str, ...]:
+    """What people call the classes: the first word of each in `words.txt`, else the synset.
+
+    Args:
+        archive: Folder of tars; `words.txt` (synset, tab, words) lies in it or beside it.
+        classes: Synsets.
+    """
+    files = [folder / WORDS_FILE for folder in (archive, archive.resolve().parent)]
+    lines = next((file.read_text().splitlines() for file in files if file.is_file()), [])
+    words = dict(line.split("\t", 1) for line in lines if "\t" in line)
+    return tuple(words.get(synset, synset).split(",")[0].strip() for synset in classes)
 
 
 def fingerprint(tars: tuple[Path, ...]) -> str:

@@ -47,9 +47,9 @@ def write_digit_archives(
     *,
     copies_train: int,
     copies_val: int,
-    canvas: int = 32,
-    digit_sizes: tuple[int, int] = (18, 26),
-    clutter: float = 1.0,
+    canvas: int = 28,
+    digit_sizes: tuple[int, int] = (17, 21),
+    clutter: float = 0.5,
     seed: int = 0,
 ) -> None:
     """Write `out/train`, `out/val` and `out/words.txt`, whole or not at all.
@@ -184,10 +184,9 @@ def _uniform(rng: np.random.Generator, low: float, high: float, *shape: int) -> 
 
 
 def _colours(count: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """Paper and ink, each [N, C]: any hue, but at least 0.45 apart in brightness, either way."""
-    toward_N1 = np.where(rng.random((count, 1)) < 0.5, np.float32(1), np.float32(-1))
-    paper_N1 = 0.5 - toward_N1 * _uniform(rng, 0.15, 0.35, count, 1)
-    ink_N1 = paper_N1 + toward_N1 * _uniform(rng, 0.45, 0.6, count, 1)
+    """Light paper and dark ink, each [N, C]: any hue, at least 0.45 apart in brightness."""
+    paper_N1 = 0.5 + _uniform(rng, 0.15, 0.35, count, 1)
+    ink_N1 = paper_N1 - _uniform(rng, 0.45, 0.6, count, 1)
     return paper_N1 + _hue(count, rng), ink_N1 + _hue(count, rng)
 
 

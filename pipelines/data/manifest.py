@@ -68,6 +68,7 @@ class Manifest:
     Attributes:
         version: 1 for a fresh dataset, one more for every archive added later.
         classes: Synset names in sorted order; a label is a position in this list.
+        names: What people call the classes, in the same order, where the archive tells.
         seed: Seed of the global shuffle at write time.
         samples: Samples in all shards together.
         bytes: Bytes of all shard files together.
@@ -79,12 +80,18 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
     version: int
     classes: tuple[str, ...]
+    names: tuple[str, ...] = ()
     sources: tuple[SourceRecord, ...]
     seed: int
     samples: int
     bytes: int
     shards: tuple[ShardRecord, ...]
     skipped: tuple[SkippedSample, ...]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """A name for each class: people's, or the synset's where there is none."""
+        return self.names or self.classes
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import ray.data
 
 from cluster.session import cluster_cpus
-from pipelines.data.archive import find_tars, fingerprint
+from pipelines.data.archive import class_names, find_tars, fingerprint
 from pipelines.data.manifest import (
     INDEX,
     INDEX_SCHEMA,
@@ -372,6 +372,7 @@ def _finish(
     manifest = Manifest(
         version=job.source.version,
         classes=job.classes,
+        names=base.names if base else class_names(job.archive, job.classes),
         sources=(*(base.sources if base else ()), job.source),
         seed=job.seed,
         samples=sum(shard.samples for shard in shards),

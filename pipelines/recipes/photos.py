@@ -15,7 +15,9 @@ def photos() -> RunConfig:
     return RunConfig(
         recipe="photos",
         out=Path("runs/photos"),
-        model=ModelConfig(image_size=64, patch_size=8, dim=96, depth=4, heads=4),
+        model=ModelConfig(
+            image_size=64, patch_size=8, dim=96, depth=4, heads=4, positions="sincos"
+        ),
         data=DataConfig(root=Path("data/photos"), crop_area=(0.35, 1.0), eval_resize=64, threads=1),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=200),
         train=TrainConfig(steps=2000, batch_size=64, log_every=25, eval_every=500),

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,23 +19,10 @@ from ray.job_submission import JobDetails
 from cluster import jobs
 from cluster.errors import JobError
 from cluster.jobs import JobOutcome, new_submission_id, submit
+from tests.ray_head import Head, running_head
 
 REPOSITORY = Path(__file__).parents[2]
 PYTHON = (sys.executable, "-c")
-
-HEAD = """
-import logging, sys
-import ray
-
-context = ray.init(
-    address="local", num_cpus=1, include_dashboard=True, dashboard_host="127.0.0.1",
-    dashboard_port=int(sys.argv[1]), object_store_memory=100 << 20,
-    logging_level=logging.ERROR, log_to_driver=False,
-)
-print(f"http://{context.dashboard_url}", flush=True)
-sys.stdin.read()
-ray.shutdown()
-"""
 
 FOLLOWS = """
 import dataclasses, json, sys
@@ -51,44 +37,10 @@ print(json.dumps(dataclasses.asdict(outcome)))
 """
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Head:
-    """A running cluster: the URL of its job server and the file that holds its token."""
-
-    url: str
-    token: Path
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def head(tmp_path_factory) -> Iterator[Head]:
-    folder = tmp_path_factory.mktemp("head")
-    token = folder / "token"
-    token.write_text("right" * 8 + "\n")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    environment |= {
-        "HOME": str(folder),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-c", HEAD, str(free_port())],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield Head(url=process.stdout.readline().strip(), token=token)
-    finally:
-        process.stdin.close()
-        assert process.wait(timeout=60) == 0
-        process.stdout.close()
+    with running_head(tmp_path_factory.mktemp("head"), cpus=1) as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)

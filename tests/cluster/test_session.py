@@ -54,7 +54,7 @@ USES_EVERYTHING = """
             run_config=ray.tune.RunConfig(storage_path=STORE, verbose=0),
         ).fit()
     assert not ray.is_initialized()
-    assert not [name for name in os.environ if name.startswith("RAY_AUTH")]
+    assert not [name for name in os.environ if name.startswith(("RAY_AUTH", "RAY_ADDRESS"))]
 """
 
 TALKS_THEN_FAILS = """
@@ -75,6 +75,32 @@ TALKS_THEN_FAILS = """
         ray.data.range(10).map_batches(lambda batch: batch).count()
     with ray_session(num_cpus=1):
         ray.get(fail.remote())
+"""
+
+
+TWO_INNER_SESSIONS = """
+    import os, subprocess, sys
+    import ray
+    from cluster.session import ray_session
+
+    JOINS = (
+        "from cluster.session import *\\n"
+        "with ray_session(): print('joined', cluster_cpus())"
+    )
+    STARTS = (
+        "from cluster.session import *\\n"
+        "from ray.util.state import list_nodes\\n"
+        "with ray_session(num_cpus=1):\\n"
+        "    seen = ray.get(ray.remote(lambda: len(list_nodes())).remote())\\n"
+        "    print(f'own {cluster_cpus()}, nodes seen: {seen}')"
+    )
+
+    with ray_session(num_cpus=3):
+        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+        subprocess.run([sys.executable, "-c", JOINS], check=True)
+        print(ray.is_initialized(), flush=True)
+        os.environ["RAY_ADDRESS"] = "local"
+        subprocess.run([sys.executable, "-c", STARTS], check=True)
 """
 
 
@@ -175,26 +201,18 @@ def test_a_long_temporary_folder_is_no_obstacle(loud_run):
     assert ": /tmp/ray/session_" in note
 
 
-def test_a_session_joins_the_cluster_that_ray_address_names(tmp_path):
-    code = """
-        import os, subprocess, sys, ray
-        from cluster.session import ray_session
+@pytest.fixture(scope="module")
+def two_clusters(tmp_path_factory):
+    return run_python(TWO_INNER_SESSIONS, tmp_path_factory.mktemp("two"))
 
-        inner = "from cluster.session import *\\nwith ray_session(): print(cluster_cpus())"
-        with ray_session(num_cpus=3):
-            os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-            subprocess.run([sys.executable, "-c", inner], check=True)
-            print(ray.is_initialized())
-            os.environ["RAY_AUTH_TOKEN"] = "wrong" * 8
-            wrong = subprocess.run(
-                [sys.executable, "-c", inner], capture_output=True, text=True, check=False
-            )
-            print(wrong.stderr.splitlines()[-1])
-    """
-    done = run_python(code, tmp_path)
 
-    assert done.stdout.splitlines()[:2] == ["3", "True"], done.stderr
-    assert "LaunchError: cannot join the Ray cluster" in done.stdout
+def test_a_session_joins_the_cluster_that_ray_address_names(two_clusters):
+    assert two_clusters.stdout.splitlines()[:2] == ["joined 3", "True"], two_clusters.stderr
+
+
+def test_two_instances_on_one_machine_do_not_confuse_the_state_api(two_clusters):
+    assert two_clusters.stdout.splitlines()[2:] == ["own 1, nodes seen: 1"], two_clusters.stderr
+    assert two_clusters.stderr == ""
 
 
 @pytest.mark.parametrize(

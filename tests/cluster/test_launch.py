@@ -1,0 +1,104 @@
+"""Functions really run on several processes, and their words and failures reach the driver."""
+
+import os
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from ray import cloudpickle
+
+from cluster.backends import get_backend
+from cluster.errors import LaunchError
+from cluster.launch import Workers, run_on_workers
+from cluster.mailbox import Mailbox
+from cluster.session import ray_session
+
+# The processes cannot import a test file: they get its functions by value.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+TWO = Workers(count=2, device="cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray():
+    with ray_session(num_cpus=2):
+        yield
+
+
+def introduce(argument):
+    backend = get_backend("cpu")
+    ranks = backend.sum_over_ranks(torch.tensor([1.0, float(backend.rank)]))
+    argument["mailbox"].put((backend.rank, backend.world, ranks.tolist(), os.getpid()))
+
+
+def fail_on_rank_one(argument):
+    if dist.get_rank() == 1:
+        raise ArithmeticError("rank 1 cannot go on")
+
+
+def count_until_stopped(argument):
+    counted = 0
+    while dist.get_rank() == 0 and not argument["mailbox"].put(counted):
+        counted += 1
+
+
+def run(function, tmp_path, *, workers=TWO, on_message=None):
+    mailbox, messages = Mailbox(), []
+    run_on_workers(
+        function,
+        {"mailbox": mailbox},
+        workers,
+        storage=tmp_path / "ray",
+        mailbox=mailbox,
+        on_message=on_message(mailbox, messages) if on_message else messages.append,
+    )
+    return messages
+
+
+def test_each_process_knows_its_rank_and_sums_reach_all_of_them(tmp_path):
+    messages = sorted(run(introduce, tmp_path))
+
+    assert [(rank, world, sums) for rank, world, sums, _ in messages] == [
+        (0, 2, [2.0, 1.0]),
+        (1, 2, [2.0, 1.0]),
+    ]
+    assert os.getpid() not in {process for *_, process in messages}
+
+
+def test_nothing_of_ray_train_stays_in_the_storage(tmp_path):
+    run(introduce, tmp_path)
+
+    assert not (tmp_path / "ray").exists()
+
+
+def test_what_a_process_raises_is_raised_here(tmp_path):
+    with pytest.raises(ArithmeticError, match="rank 1 cannot go on"):
+        run(fail_on_rank_one, tmp_path)
+
+
+def test_messages_arrive_in_order_while_the_function_runs_and_can_stop_it(tmp_path):
+    def stop_at_the_third(mailbox, messages):
+        def take(message):
+            messages.append(message)
+            if message == 3:
+                mailbox.ask_to_stop()
+
+        return take
+
+    messages = run(count_until_stopped, tmp_path, on_message=stop_at_the_third)
+
+    assert messages == list(range(len(messages)))
+    assert len(messages) >= 4
+
+
+def test_more_workers_than_the_cluster_has_cpus_are_refused_at_once(tmp_path):
+    with pytest.raises(
+        LaunchError, match=r"3 workers of 1 CPU need 3 CPUs, but the cluster has 2; set parallel"
+    ):
+        run(introduce, tmp_path, workers=Workers(count=3, device="cpu"))
+
+
+def test_cuda_workers_without_gpus_are_refused_at_once(tmp_path):
+    with pytest.raises(LaunchError, match=r"2 cuda workers need 2 GPUs, but the cluster has 0"):
+        run(introduce, tmp_path, workers=Workers(count=2, device="cuda"))

@@ -1,0 +1,216 @@
+"""Runs small enough for a test: coloured squares to learn, a model of some thousand weights.
+
+No Ray and no MLflow in here. `train_here` drives the real loop in this process, `on_ranks`
+starts gloo processes on the loopback interface.
+"""
+
+import dataclasses
+import hashlib
+import io
+import os
+import tarfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cluster.backends import Backend, get_backend
+from mone_core.models import ModelConfig
+from pipelines.build import build_run
+from pipelines.checkpoint import checkpoint_of
+from pipelines.config import DataConfig, OptimConfig, RunConfig, TrainConfig, write_config
+from pipelines.data.manifest import (
+    FIELDS,
+    INDEX_SCHEMA,
+    Manifest,
+    ShardRecord,
+    write_index,
+    write_manifest,
+)
+from pipelines.metrics import MetricRow
+from pipelines.train import Outcome, Run, train
+
+COLOURS = ((220, 40, 40), (40, 200, 60), (50, 70, 230), (230, 220, 60))
+PIXELS = 16
+
+
+def write_data(root: Path, *, train: int = 32, val: int = 10, classes: int = len(COLOURS)) -> Path:
+    """Write `root/train` and `root/val`: sample i is a noisy square of the colour of its class."""
+    write_folder(root / "train", range(train), classes=classes)
+    write_folder(root / "val", range(1000, 1000 + val), classes=classes)
+    return root
+
+
+def write_folder(folder: Path, samples: Sequence[int], *, classes: int = len(COLOURS)) -> None:
+    """Write one finished dataset folder with a single shard; sample i is of class i % classes."""
+    folder.mkdir(parents=True)
+    shard = folder / "shard-000000.tar"
+    rows = _write_shard(shard, {i: (_square(i, i % classes), i % classes) for i in samples})
+    record = ShardRecord(
+        name=shard.name,
+        samples=len(samples),
+        bytes=shard.stat().st_size,
+        sha256=hashlib.sha256(shard.read_bytes()).hexdigest(),
+        version=1,
+    )
+    write_index(folder, pa.Table.from_pylist(rows, schema=INDEX_SCHEMA))
+    write_manifest(
+        folder,
+        Manifest(
+            version=1,
+            classes=tuple(f"n{k:08d}" for k in range(classes)),
+            sources=(),
+            seed=0,
+            samples=len(samples),
+            bytes=record.bytes,
+            shards=(record,),
+            skipped=(),
+        ),
+    )
+
+
+def _square(sample: int, label: int) -> bytes:
+    noise = np.random.default_rng(sample).integers(-30, 31, (PIXELS, PIXELS, 3))
+    pixels = np.clip(np.array(COLOURS[label % len(COLOURS)]) + noise, 0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG")
+    return file.getvalue()
+
+
+def _write_shard(path: Path, files: dict[int, tuple[bytes, int]]) -> list[dict[str, Any]]:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for i, (data, label) in files.items():
+            for name, content in zip(FIELDS, (data, str(label).encode(), b"{}"), strict=True):
+                member = tarfile.TarInfo(f"key_{i}.{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    with tarfile.open(path) as tar:
+        members = {member.name: member for member in tar}
+    rows: list[dict[str, Any]] = []
+    for i, (_, label) in files.items():
+        row: dict[str, Any] = {"key": f"key_{i}", "shard": 0, "label": label}
+        for name in FIELDS:
+            member = members[f"key_{i}.{name}"]
+            row |= {f"{name}_offset": member.offset_data, f"{name}_size": member.size}
+        rows.append(row)
+    return rows
+
+
+def tiny_config(data: Path, out: Path, **changes: Any) -> RunConfig:
+    """Twelve steps of eight images at three budgets; `changes` are fields of its `train`."""
+    plan = {
+        "steps": 12,
+        "batch_size": 8,
+        "budgets": (0.2, 0.5, 1.0),
+        "log_every": 2,
+        "eval_every": 6,
+        "eval_budgets": (0.2, 1.0),
+        "checkpoint_every": 4,
+    }
+    return RunConfig(
+        recipe="digits",
+        out=out,
+        model=ModelConfig(
+            image_size=PIXELS, patch_size=4, num_classes=len(COLOURS), dim=16, depth=2, heads=2
+        ),
+        data=DataConfig(root=data, eval_resize=PIXELS, threads=1, crop_area=(0.5, 1.0)),
+        optim=OptimConfig(learning_rate=3e-3, warmup_steps=3, label_smoothing=0.1),
+        train=TrainConfig(**(plan | changes)),
+    )
+
+
+class MemoryReporter:
+    """Keeps rows in a list; asks to stop from step `stop_at` on."""
+
+    def __init__(self, stop_at: float = float("inf")) -> None:
+        self.rows: list[MetricRow] = []
+        self._stop_at = stop_at
+
+    def report(self, row: MetricRow) -> bool:
+        """Take the row."""
+        self.rows.append(row)
+        return row.step >= self._stop_at
+
+
+class Killed(BaseException):
+    """A process that dies in the middle of its work."""
+
+
+class KilledReporter(MemoryReporter):
+    """Dies when it is told of step `stop_at`."""
+
+    def report(self, row: MetricRow) -> bool:
+        """Take the row, or die."""
+        if super().report(row):
+            raise Killed
+        return False
+
+
+def build_here(config: RunConfig, reporter: MemoryReporter, backend: Backend | None = None) -> Run:
+    """A run as a worker builds it, its folder made as the driver would."""
+    backend = backend or get_backend("cpu")
+    if backend.rank == 0:
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_config(config.out, config)
+    return build_run(config, backend, reporter)
+
+
+def train_here(
+    config: RunConfig, reporter: MemoryReporter | None = None, backend: Backend | None = None
+) -> tuple[Outcome, list[MetricRow]]:
+    """Train in this process, going on from the newest checkpoint; gives the rows of this start."""
+    reporter = reporter or MemoryReporter()
+    return train(build_here(config, reporter, backend)), reporter.rows
+
+
+def without_clock(rows: Sequence[MetricRow]) -> list[MetricRow]:
+    """Rows without the one number that depends on the day."""
+    return [
+        dataclasses.replace(
+            row, values={k: v for k, v in row.values.items() if k != "images_per_second"}
+        )
+        for row in rows
+    ]
+
+
+def losses(rows: Sequence[MetricRow]) -> list[float]:
+    """Training losses in the order of the rows."""
+    return [row.values["loss"] for row in rows if "loss" in row.values]
+
+
+def state_of(run: Path) -> dict[str, Tensor]:
+    """Every tensor of a run's newest checkpoint, weights and moments."""
+    return {
+        name: value
+        for file in sorted(checkpoint_of(run).glob("*.safetensors"))
+        for name, value in load_file(file).items()
+    }
+
+
+def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    """Whether two sets of tensors have the same names and the same bits."""
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def on_ranks(work: Callable[..., None], scratch: Path, *arguments: Any, world: int = 2) -> None:
+    """Call `work(backend, *arguments)` in `world` processes that are connected by gloo."""
+    mp.spawn(_rank, (world, scratch / "rendezvous", work, arguments), nprocs=world)
+
+
+def _rank(
+    rank: int, world: int, meeting: Path, work: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    try:
+        work(get_backend("cpu"), *arguments)
+    finally:
+        dist.destroy_process_group()
