@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format constraints clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mone demo
@@ -20,6 +20,12 @@ check: $(VENV)/.installed-check
 format: $(VENV)/.installed-check
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# After changing pyproject.toml, in an environment that has what should be pinned.
+constraints: $(VENV)/.installed-check
+	@{ echo "# Exact versions that make installs; made by \`make constraints\`."; \
+	   $(BIN)/pip freeze --exclude-editable | sed 's/+cpu//'; } > constraints.txt.new
+	mv constraints.txt.new constraints.txt
 
 clean:
 	rm -rf $(VENV) demo runs build *.egg-info

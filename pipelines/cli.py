@@ -7,13 +7,9 @@ when it is asked for.
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
-
-# Before torch is loaded by any verb: its libraries read these once.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from cluster.errors import ClusterError
 from pipelines.errors import PipelineError, RunFailedError, UsageError, unknown_name

@@ -41,6 +41,8 @@ def run_demo(
     """
     started = time.monotonic()
     _check_folder(out)
+    if archive:
+        find_tars(archive)  # a wrong path is told at once, not after Ray has started
     with ray_session(verbose=verbose):
         _make_data(config, out, archive, terminal)
         terminal.stage(

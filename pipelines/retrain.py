@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from cluster.backends import get_backend
 from cluster.session import ray_session
 from pipelines.config import RunConfig, to_yaml
+from pipelines.data.archive import find_tars
 from pipelines.data.manifest import read_manifest
 from pipelines.data.shards import add_archive
 from pipelines.errors import RunError
@@ -71,6 +72,7 @@ def run_retraining(
         RegistryError: There is no champion to go on from.
         PipelineError: The archive or the dataset is not fit.
     """
+    find_tars(archive)
     root = base.data.root.absolute()
     read_manifest(root / "train")
     with _alone(root):

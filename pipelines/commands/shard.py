@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.session import ray_session
+from pipelines.data.archive import find_tars
 from pipelines.data.manifest import read_manifest
 from pipelines.data.plan import Part
 from pipelines.data.shards import (
@@ -31,6 +32,7 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
         raise UsageError(f"--val-fraction is a share from 0 to below 1, got {args.val_fraction}")
     if args.append and (args.val_fraction or args.classes_of):
         raise UsageError("--append keeps the dataset's classes; leave out the other options")
+    find_tars(args.archive)  # a wrong path is told at once, not after Ray has started
     terminal = Terminal()
     with ray_session(verbose=args.verbose):
         for out, part in _parts(args):

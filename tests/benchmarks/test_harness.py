@@ -25,6 +25,7 @@ ROW = BenchRow(
     case="nested/blocks/train",
     shape="S/16 B=8 N=196 e_c=0.3",
     machine="cpu x86_64, 2 cores, 1 used, torch 2",
+    clock="processor",
     dtype="float32",
     median_ms=30.0,
     spread_ms=1.5,
@@ -106,6 +107,16 @@ def test_a_row_says_where_and_of_which_code_it_is():
     assert QUICK.machine.startswith("cpu ")
     assert "1 used, torch " in QUICK.machine
     assert commit() == "unknown" or len(commit().removesuffix("-dirty")) == 12
+
+
+@pytest.mark.parametrize(
+    ("device", "threads", "clock"),
+    [("cpu", 1, "processor"), ("cpu", 2, "wall"), ("cuda", 1, "wall")],
+)
+def test_only_one_processor_thread_is_timed_by_what_it_computes(device, threads, clock):
+    setting = dataclasses.replace(QUICK, device=device, threads=threads)
+
+    assert setting.clock == clock
 
 
 def test_the_command_line_is_kept_in_the_row():
