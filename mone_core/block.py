@@ -27,6 +27,8 @@ class NestedAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = _linear(dim, 3 * dim)
+        for projection in self.qkv.weight.detach().chunk(3):  # each as if it were alone
+            nn.init.xavier_uniform_(projection)
         self.out = _linear(dim, dim)
 
     def forward(self, residual_NBD: Tensor, x_NBD: Tensor, layout: Layout) -> Tensor:
@@ -82,9 +84,9 @@ class BoundedScale(nn.Module):
     """alpha of eq. 1: learnable, starts at 0, stays in [0, 1) and cannot freeze the router.
 
     At alpha = 0 the router gets no gradient, so a hard clamp would freeze it for good
-    whenever the first push is downward. Here alpha is |tanh(a)| with slope +1 at a = 0: a push
-    below 0 comes out on the other side as a small positive alpha, and the router goes
-    on learning.
+    whenever the first push is downward. Here alpha is |a| / (1 + |a|) with slope +1 at a = 0: a
+    push below 0 comes out on the other side as a small positive alpha, and the router goes on
+    learning. It nears 1 slowly, where tanh would reach it and stay.
     """
 
     def __init__(self) -> None:
@@ -93,8 +95,8 @@ class BoundedScale(nn.Module):
 
     def forward(self) -> Tensor:
         """alpha as a scalar tensor."""
-        signed = self.raw.tanh()
-        return torch.where(self.raw >= 0, signed, -signed)  # abs() would have slope 0 at 0
+        size = torch.where(self.raw >= 0, self.raw, -self.raw)  # abs() would have slope 0 at 0
+        return size / (1 + size)
 
 
 def _linear(fan_in: int, fan_out: int) -> nn.Linear:

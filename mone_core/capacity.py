@@ -13,7 +13,7 @@ Source: arXiv 2407.19985, section 4.3 and eq. 3.
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from mone_core.errors import CapacityError
 
@@ -58,8 +58,10 @@ def capacity_distribution(
     """
     _check_widths(widths)
     _check_reachable(effective_capacity, widths)
-    if delta <= 1 or beta <= 0:
+    if not (delta > 1 and beta > 0):
         raise CapacityError(f"delta must be above 1 and beta above 0, got {delta=} and {beta=}")
+    if form not in get_args(Form):
+        raise CapacityError(f"form {form!r} does not exist; it must be one of {get_args(Form)}")
     if effective_capacity in (widths[0], widths[-1]):  # the ends are one-hot, lam infinite
         return tuple(float(width == effective_capacity) for width in widths)
     sign = {"fraction": -1, "product": 1}[form]

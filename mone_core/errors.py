@@ -5,7 +5,7 @@ MoneError                 anything a user of `mone_core` got wrong; one line, sa
 |-- ConfigError           a configuration object holds values that cannot be
 |-- CapacityError         a compute budget or a token count that cannot be met
 |-- RoutingError          scores and counts that do not fit together
-`-- WeightsError          a state dict that does not fit the model
+`-- ShapeError            images of another size or layout than the model was made for
 ```
 
 Broken invariants of our own are `assert`s, not members of this tree.
@@ -23,6 +23,10 @@ class ConfigError(MoneError):
 
     def __init__(self, where: str, problems: Sequence[str]) -> None:
         super().__init__(f"{where}: " + "; ".join(problems))
+        self._made_of = (where, tuple(problems))
+
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[str, tuple[str, ...]]]:
+        return type(self), self._made_of  # so that it survives the way out of a worker process
 
 
 class CapacityError(MoneError):
@@ -33,5 +37,5 @@ class RoutingError(MoneError):
     """Router scores and token counts do not fit together."""
 
 
-class WeightsError(MoneError):
-    """Weights do not fit the model they are loaded into."""
+class ShapeError(MoneError):
+    """Images are of another size or layout than the model was made for."""

@@ -65,10 +65,11 @@ class Layout:
         Raises:
             CapacityError: Counts and dims do not pair up, or dims do not rise.
         """
-        if len(counts) != len(dims) or list(dims) != sorted(set(dims)) or min(counts) < 0:
+        paired = len(counts) == len(dims) and list(dims) == sorted(set(dims))
+        if not paired or not any(counts) or min(counts) < 0:
             raise CapacityError(
-                f"need one count (0 or more) per nested dim and rising dims, got counts "
-                f"{tuple(counts)} for dims {tuple(dims)}"
+                f"need one count (0 or more, one above 0) per nested dim and rising dims, got "
+                f"counts {tuple(counts)} for dims {tuple(dims)}"
             )
         segments, bands = [], []
         start = 0

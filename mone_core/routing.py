@@ -28,7 +28,7 @@ class Router(nn.Module):
         dim: Model width D.
         num_experts: E.
 
-    Shape: `x_NBD` -> probabilities `NBE`, float32 whatever the dtype of the model, so that
+    Shape: `x_BND` -> probabilities `BNE`, float32 whatever the dtype of the model, so that
     close scores are told apart in bfloat16 too.
     """
 
@@ -38,11 +38,18 @@ class Router(nn.Module):
         nn.init.normal_(self.score.weight, std=0.02)
         nn.init.zeros_(self.score.bias)
 
-    def forward(self, x_NBD: Tensor) -> Tensor:
-        logits_NBE = self.score(x_NBD)
-        at_least_float32 = torch.promote_types(logits_NBE.dtype, torch.float32)
-        probs_NBE: Tensor = logits_NBE.softmax(dim=-1, dtype=at_least_float32)
-        return probs_NBE
+    def forward(self, x_BND: Tensor, noise_BNE: Tensor | None = None) -> Tensor:
+        """Probabilities of tokens; `noise` is added to the scores before the softmax.
+
+        Without noise a token that starts at one expert stays there: only the score of the expert
+        that it was given gets a gradient.
+        """
+        logits_BNE = self.score(x_BND)
+        if noise_BNE is not None:
+            logits_BNE = logits_BNE + noise_BNE
+        at_least_float32 = torch.promote_types(logits_BNE.dtype, torch.float32)
+        probs_BNE: Tensor = logits_BNE.softmax(dim=-1, dtype=at_least_float32)
+        return probs_BNE
 
 
 def expert_preferred_routing(probs_BNE: Tensor, counts: Sequence[int]) -> Tensor:

@@ -20,7 +20,8 @@ from pipelines.data.batch import model_input
 from pipelines.data.stream import EvalStream
 from pipelines.results import Results, Setting, commit_name, machine_name
 
-LATENCY_BATCH = 8
+LATENCY_PIXELS = 8 * 224 * 224  # of a timed batch: eight usual images, or more small ones
+LATENCY_BATCHES = (1, 64)  # fewest and most images of one
 LATENCY_REPEATS = 20
 
 
@@ -62,11 +63,17 @@ def score(
     }
 
 
+def latency_batch(image_size: int) -> int:
+    """Images of one timed forward pass: small ones are timed together, or overhead is all."""
+    fewest, most = LATENCY_BATCHES
+    return max(fewest, min(most, LATENCY_PIXELS // image_size**2))
+
+
 @torch.no_grad()
 def latencies(model: NestedViT, budgets: Sequence[float], backend: Backend) -> dict[float, float]:
-    """Median milliseconds of one forward pass of `LATENCY_BATCH` images, per budget."""
+    """Median milliseconds of one forward pass of `latency_batch` images, per budget."""
     size = model.config.image_size
-    images = torch.zeros(LATENCY_BATCH, 3, size, size, device=backend.device)
+    images = torch.zeros(latency_batch(size), 3, size, size, device=backend.device)
     images.normal_(generator=torch.Generator(backend.device).manual_seed(0))
     times: dict[float, list[float]] = {budget: [] for budget in budgets}
     for repeat in range(LATENCY_REPEATS + 2):  # two rounds to warm up
@@ -127,7 +134,7 @@ def validation_stream(
         (root or config.data.root) / "val",
         image_size=config.model.image_size,
         resize=config.data.eval_resize,
-        batch_size=config.train.batch_size,
+        batch_size=config.train.batch_size // config.parallel.num_workers,  # fits where it trained
         rank=rank,
         world=world,
         threads=config.data.threads,
@@ -136,6 +143,7 @@ def validation_stream(
 
 def _setting(model: NestedViT, budget: float, found: Score, latency_ms: float) -> Setting:
     model.set_effective_capacity(budget)
+    timed_batch = latency_batch(model.config.image_size)
     return Setting(
         effective_capacity=budget,
         realised_effective_capacity=model.realised_effective_capacity,
@@ -144,6 +152,6 @@ def _setting(model: NestedViT, budget: float, found: Score, latency_ms: float) -
         samples=found.samples,
         macs=model.macs(),
         latency_ms=latency_ms,
-        latency_batch=LATENCY_BATCH,
-        images_per_second=1e3 * LATENCY_BATCH / latency_ms,
+        latency_batch=timed_batch,
+        images_per_second=1e3 * timed_batch / latency_ms,
     )

@@ -82,10 +82,13 @@ def _with_flags(config: RunConfig, flags: list[str], prog: str) -> RunConfig:
 
 
 def _one_line(boxed: str) -> str:
-    """The words of tyro's framed message that say what is wrong."""
+    """The words of tyro's framed message that say what is wrong.
+
+    Its frame is drawn with box characters or, where the output is not UTF-8, with dashes.
+    """
     plain = re.sub(r"\x1b\[[0-9;]*m", "", boxed)
-    body = "\n".join(line for line in plain.splitlines() if not line.startswith("╭"))  # its title
-    words = re.sub(r"[\u2500-\u257f]", " ", body)
+    body = plain.partition("\n")[2]  # behind the title
+    words = re.sub(r"[\u2500-\u257f]|-{3,}", " ", body)
     text = " ".join(re.split("Argument helptext:|For full helptext", words)[0].split())
     text = re.sub(r"^Error parsing (\S+):", r"\1:", text)
     return re.sub(r"^(\w+): \1:", r"\1:", text)

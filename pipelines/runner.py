@@ -56,7 +56,7 @@ def run_training(
     Raises:
         RunFailedError: A worker failed.
     """
-    done = _steps_done(config.out)
+    done = steps_done(config.out)
     rewind(config.out, done)
     tracker.resume_after(read_rows(config.out))
     with (
@@ -133,7 +133,7 @@ def open_run(config: RunConfig) -> int:
     _check_start(config)
     if (config.out / CONFIG).is_file():
         _check_same(read_config(config.out), config)
-        return _steps_done(config.out)
+        return steps_done(config.out)
     if config.out.exists():
         if not config.out.is_dir():
             raise RunError(f"{config.out} is a file; name a new folder with --out")
@@ -177,7 +177,8 @@ def _check_same(old: RunConfig, new: RunConfig) -> None:
         )
 
 
-def _steps_done(run: Path) -> int:
+def steps_done(run: Path) -> int:
+    """Optimizer steps behind a run's newest whole checkpoint; 0 without one."""
     found = newest_checkpoint(run)
     return step_of(found) if found else 0
 

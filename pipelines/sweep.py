@@ -25,7 +25,7 @@ from pipelines.metrics import MetricRow, append_row, read_rows, rewind
 from pipelines.report import ReportContent, write_report
 from pipelines.results import RESULTS, Results, read_results
 from pipelines.run_report import REPORT, evaluate_run
-from pipelines.runner import open_run, resolve
+from pipelines.runner import open_run, resolve, steps_done
 from pipelines.terminal import Terminal
 from pipelines.tracking import MlflowTracker, finish_parent, start_parent
 from pipelines.train import train
@@ -122,7 +122,7 @@ class _FileReporter:
 
     def __init__(self, run: Path) -> None:
         self._run = run
-        rewind(run, -1)
+        rewind(run, steps_done(run))
 
     def report(self, row: MetricRow) -> bool:
         """Append the row; never asks to stop."""

@@ -25,7 +25,7 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
-from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
 
 from pipelines.config import RunConfig, TrackingConfig, flatten
 from pipelines.errors import RegistryError, RunError
@@ -34,7 +34,9 @@ from pipelines.metrics import MetricRow
 
 CHAMPION = "champion"
 _LINK = "mlflow.json"
-_AWAY = (MlflowException, OSError)
+_SQLITE = "sqlite:///"
+_AWAY = (MlflowException, SQLAlchemyError, OSError)
+_NO_SUCH = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _PARAMS_A_BATCH = 100
 
 for _name in ("mlflow", "alembic"):
@@ -71,11 +73,13 @@ class MlflowTracker:
 
     def __init__(self, config: RunConfig, *, parent: str | None = None) -> None:
         self.problem: str | None = None
-        self._last_step = -1
+        self._known: Mapping[str, set[int]] | None = {}
         self._queue: queue.Queue[MetricRow | None] = queue.Queue()
         self._thread: threading.Thread | None = None
-        self._client = client(config.tracking)
-        self._run_id: str | None = self._guard(lambda: self._open(config, parent))
+        self._client = self._guard(lambda: client(config.tracking))
+        self._run_id: str | None = None
+        if self._client is not None:
+            self._run_id = self._guard(lambda: self._open(config, parent))
         if self._run_id:
             self._thread = threading.Thread(target=self._write, name="mlflow", daemon=True)
             self._thread.start()
@@ -86,18 +90,21 @@ class MlflowTracker:
         return self._run_id
 
     def resume_after(self, rows: Sequence[MetricRow]) -> None:
-        """Send the rows that MLflow does not have yet; later ones only above those it has."""
+        """Send what MLflow does not have yet of these rows."""
         if self._run_id:
-            run_id = self._run_id
-            history = self._guard(lambda: self._client.get_metric_history(run_id, "loss")) or []
-            self._last_step = max((point.step for point in history), default=-1)
+            self._known = self._guard(self._steps_by_metric)
             for row in rows:
                 self.log(row)
 
     def log(self, row: MetricRow) -> None:
-        """Queue a row. A step that MLflow has already is left out: it would stand there twice."""
-        if self._thread and row.step > self._last_step:
-            self._queue.put(row)
+        """Queue a row. What MLflow has already is left out: it would stand there twice.
+
+        When MLflow went away before it could tell what it has, nothing is sent.
+        """
+        known = self._known
+        if self._thread and known is not None:
+            new = {k: v for k, v in row.values.items() if row.step not in known.get(k, ())}
+            self._queue.put(MetricRow(step=row.step, values=new))
 
     def log_files(self, files: Mapping[str, bytes]) -> None:
         """Keep files with the run, by name; a name may hold one folder."""
@@ -149,6 +156,14 @@ class MlflowTracker:
         write_json(link, RunLink(uri=config.tracking.uri, run_id=run_id))
         return run_id
 
+    def _steps_by_metric(self) -> dict[str, set[int]]:
+        """The steps that MLflow has of each of the run's metrics."""
+        names = self._client.get_run(self._run_id).data.metrics
+        return {
+            name: {point.step for point in self._client.get_metric_history(self._run_id, name)}
+            for name in names
+        }
+
     def _write(self) -> None:
         """Runs in the thread: rows in batches until None comes."""
         assert self._run_id is not None
@@ -174,7 +189,7 @@ class MlflowTracker:
         try:
             return call()
         except _AWAY as error:
-            self.problem = " ".join(str(error).split())[:300]
+            self.problem = _in_a_line(error)
             return None
 
 
@@ -194,13 +209,13 @@ def client(config: TrackingConfig) -> MlflowClient:
     Raises:
         RunError: The address is of no kind that MLflow takes.
     """
-    _make_local_folder(config.uri)
     try:
+        _make_local_folder(config.uri)
         return MlflowClient(tracking_uri=config.uri, registry_uri=config.uri)
-    except _AWAY as error:
+    except (MlflowException, OSError, ImportError) as error:
         raise RunError(
-            f"tracking.uri {config.uri!r} cannot be used: {' '.join(str(error).split())[:200]}; "
-            f"give sqlite:///FILE, postgresql://... or http(s)://..."
+            f"tracking.uri {config.uri!r} cannot be used: {_in_a_line(error)}; give "
+            f"sqlite:///FILE or http(s)://HOST of a tracking server"
         ) from error
 
 
@@ -233,28 +248,35 @@ def register(config: TrackingConfig, run_id: str, weights: Path) -> ModelVersion
     return version
 
 
+def version_of(config: TrackingConfig, run_id: str) -> ModelVersion | None:
+    """The version that a run's weights were registered as; None when they were not."""
+    found = client(config).search_model_versions(f"name = '{config.model}' and run_id = '{run_id}'")
+    return _version(config, found[0]) if found else None
+
+
 def find_champion(config: TrackingConfig) -> ModelVersion | None:
-    """The version that the alias `champion` names; None when there is none."""
-    store = client(config)
+    """The version that the alias `champion` names; None when there is none.
+
+    Raises:
+        RegistryError: The registry is away.
+    """
     try:
-        found = store.get_model_version_by_alias(config.model, CHAMPION)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        found = client(config).get_model_version_by_alias(config.model, CHAMPION)
+    except _AWAY as error:
+        if getattr(error, "error_code", "") in _NO_SUCH:
             return None
-        raise
-    return ModelVersion(
-        name=config.model,
-        version=int(found.version),
-        run_id=str(found.run_id),
-        source=str(found.source),
-    )
+        raise RegistryError(
+            f"the registry at {config.uri} does not answer: {_in_a_line(error)}; check "
+            f"tracking.uri and that its server runs"
+        ) from error
+    return _version(config, found)
 
 
 def champion(config: TrackingConfig) -> ModelVersion:
     """The champion of the configured model.
 
     Raises:
-        RegistryError: There is none yet.
+        RegistryError: There is none yet, or the registry is away.
     """
     found = find_champion(config)
     if found is None:
@@ -302,15 +324,27 @@ def finish_parent(config: TrackingConfig, run_id: str, files: Mapping[str, Path]
 
 def local_folder(uri: str) -> Path | None:
     """The folder of an SQLite store; None for a server."""
-    if not uri.startswith("sqlite:"):
+    if not uri.startswith(_SQLITE):
         return None
-    database = make_url(uri).database
-    return Path(database).absolute().parent if database else None
+    return Path(uri.removeprefix(_SQLITE)).absolute().parent
 
 
 def _make_local_folder(uri: str) -> None:
     if folder := local_folder(uri):
         folder.mkdir(parents=True, exist_ok=True)
+
+
+def _version(config: TrackingConfig, found: Any) -> ModelVersion:
+    return ModelVersion(
+        name=config.model,
+        version=int(found.version),
+        run_id=str(found.run_id),
+        source=str(found.source),
+    )
+
+
+def _in_a_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _now_ms() -> int:

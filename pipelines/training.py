@@ -8,9 +8,10 @@ from mone_core.models import build_model
 from pipelines.checkpoint import checkpoint_of, load_weights, step_of
 from pipelines.config import RunConfig
 from pipelines.data.embedded import ensure_data
+from pipelines.metrics import read_rows
 from pipelines.runner import open_run, resolve, run_training
 from pipelines.terminal import Terminal
-from pipelines.tracking import MlflowTracker, ModelVersion, register
+from pipelines.tracking import MlflowTracker, ModelVersion, register, version_of
 from pipelines.train import Outcome
 from pipelines.weights import save_weights
 
@@ -23,8 +24,8 @@ class Trained:
 
     Attributes:
         config: The resolved configuration.
-        version: The registered model; None when it was there before, the training was
-            stopped, or the tracking server was away.
+        version: The registered model; None when the training was stopped or the tracking
+            server was away.
         summary: One line for people.
     """
 
@@ -37,6 +38,8 @@ class Trained:
 def train_run(config: RunConfig, terminal: Terminal, *, verbose: bool = False) -> Trained:
     """Train a run to its end, from wherever it stands, and register its model.
 
+    A run that is at its end is not trained again; MLflow gets what it missed of it.
+
     Raises:
         PipelineError: Whatever a user can mend, before any worker starts.
         RunFailedError: A worker failed; the run goes on from its last checkpoint next time.
@@ -44,13 +47,14 @@ def train_run(config: RunConfig, terminal: Terminal, *, verbose: bool = False) -
     ensure_data(config.data, terminal, verbose=verbose)
     config = resolve(config)
     done = open_run(config)
-    if done == config.train.steps:
-        line = f"{config.out} is trained to its {done} steps already; nothing to do"
-        return Trained(config=config, outcome=Outcome.FINISHED, version=None, summary=line)
     tracker = MlflowTracker(config)
     status = "FAILED"
     try:
-        outcome = run_training(config, terminal, tracker=tracker, verbose=verbose)
+        if done == config.train.steps:
+            tracker.resume_after(read_rows(config.out))
+            outcome = Outcome.FINISHED
+        else:
+            outcome = run_training(config, terminal, tracker=tracker, verbose=verbose)
         status = {Outcome.FINISHED: "FINISHED", Outcome.STOPPED: "KILLED"}[outcome]
     finally:
         tracker.finish(status)
@@ -61,7 +65,8 @@ def train_run(config: RunConfig, terminal: Terminal, *, verbose: bool = False) -
             )
     version = None
     if outcome is Outcome.FINISHED and tracker.run_id and not tracker.problem:
-        version = keep_model(config, tracker.run_id)
+        known = version_of(config.tracking, tracker.run_id)
+        version = known or keep_model(config, tracker.run_id)
     return Trained(
         config=config, outcome=outcome, version=version, summary=_line(config, outcome, done)
     )
@@ -83,6 +88,8 @@ def export_weights(run: Path, config: RunConfig, folder: Path) -> None:
 
 
 def _line(config: RunConfig, outcome: Outcome, before: int) -> str:
+    if before == config.train.steps:
+        return f"{config.out} is trained to its {before} steps already; nothing to do"
     checkpoint = checkpoint_of(config.out)
     went_on = f", on from step {before}" if before else ""
     if outcome is Outcome.FINISHED:

@@ -1,7 +1,7 @@
 """What a model is, as data: sizes, nesting, and the choices where the paper is silent."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from mone_core.block import Gelu
 from mone_core.capacity import NESTED_WIDTHS, Form, capacity_distribution
@@ -101,6 +101,18 @@ class ModelConfig:
             problems.append(f"heads must divide dim, got {self.heads} and {self.dim}")
         if self.positions == "sincos" and (self.dim % 4 or self.dim < 8):
             problems.append(f"positions sincos need a dim of 8 or more by fours, got {self.dim}")
+        problems += [
+            f"{name} {value!r} does not exist; it must be one of {get_args(kind)}"
+            for name, kind in (("gelu", Gelu), ("positions", Positions))
+            if (value := getattr(self, name)) not in get_args(kind)
+        ]
+        if not self.norm_eps > 0:
+            problems.append(f"norm_eps must be above 0, got {self.norm_eps}")
+        if self.dims and self.dims[0] < 1:
+            problems.append(
+                f"the narrowest width must be a feature or more, got {self.widths[0]} of dim "
+                f"{self.dim}"
+            )
         split = [w for w in self.widths if abs(w * self.dim - round(w * self.dim)) > 1e-6]
         if split:
             problems.append(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mone_core.block import BoundedScale, NestedBlock
 from mone_core.capacity import effective_capacity_of, token_counts
+from mone_core.errors import ShapeError
 from mone_core.flops import linear_macs, nested_block_macs
 from mone_core.models.config import ModelConfig
 from mone_core.nested import Layout
@@ -25,6 +26,9 @@ from mone_core.routing import Router, expert_preferred_routing, sort_by_width
 
 # From the fastest to the slowest sine. Grids have tens of positions along a side, not thousands.
 POSITION_SPAN = 100.0
+# Well below the tokens' own size: the router reads their sum, and should read what is in a patch
+# before where it is.
+POSITION_SCALE = 0.1
 
 
 class Output(NamedTuple):
@@ -46,7 +50,7 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.patch_size = config.patch_size
+        self.image_size, self.patch_size = config.image_size, config.patch_size
         self.project = nn.Linear(3 * config.patch_size**2, config.dim)
         self.position_ND = nn.Parameter(_first_positions(config))
         nn.init.xavier_uniform_(self.project.weight)
@@ -54,6 +58,12 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images `[B, 3, height, width]` -> tokens `BND`, patches in raster order."""
+        expected = (3, self.image_size, self.image_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise ShapeError(
+                f"images of shape {list(images.shape)} do not fit this model, which takes "
+                f"[B, {', '.join(map(str, expected))}]; resize them, or build a model of their size"
+            )
         batch, channels, height, width = images.shape
         p = self.patch_size
         patches = images.view(batch, channels, height // p, p, width // p, p)
@@ -105,10 +115,15 @@ class NestedViT(nn.Module):
         """The budget that whole tokens per image come to."""
         return effective_capacity_of(self.counts, self.config.widths)
 
-    def forward(self, images: Tensor) -> Output:
-        """Class scores of images, and where the router sent their patches."""
+    def forward(self, images: Tensor, router_noise_BNE: Tensor | None = None) -> Output:
+        """Class scores of images, and where the router sent their patches.
+
+        Args:
+            images: `[B, 3, image_size, image_size]`.
+            router_noise_BNE: Added to the router's scores; for training.
+        """
         x_BND = self.embed(images)
-        probs_BNE = self.router(x_BND)
+        probs_BNE = self.router(x_BND, router_noise_BNE)
         expert_BN = expert_preferred_routing(probs_BNE, self.counts)
         order_BN = sort_by_width(expert_BN)
         chosen_BN = probs_BNE.gather(2, expert_BN.unsqueeze(-1)).squeeze(-1)
@@ -143,7 +158,7 @@ def _first_positions(config: ModelConfig) -> Tensor:
         place_GG.flatten()[:, None] * frequencies
         for place_GG in torch.meshgrid(axis_G, axis_G, indexing="ij")
     )
-    return 0.5 * torch.cat([x_NF.sin(), x_NF.cos(), y_NF.sin(), y_NF.cos()], dim=1)
+    return POSITION_SCALE * torch.cat([x_NF.sin(), x_NF.cos(), y_NF.sin(), y_NF.cos()], dim=1)
 
 
 @lru_cache(maxsize=1024)  # a training that draws its budget anew each step asks each step

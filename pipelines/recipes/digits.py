@@ -44,6 +44,7 @@ def digits() -> RunConfig:
             batch_size=64,
             # The paper's nine budgets and the full model, which the report compares with.
             budgets=(0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95, 1.0),
+            router_noise=1.0,
             log_every=25,
             eval_every=750,
             eval_budgets=(0.2, 0.5, 1.0),

@@ -32,7 +32,6 @@ class BenchRow:
         case: The file and the thing under test: "nested/blocks/train".
         shape: Sizes and budget: "S/16 B=8 N=196 e_c=0.3".
         machine: Device, cores, threads and torch.
-        clock: "processor" (time spent computing, on one thread) or "wall".
         dtype: Of the products.
         median_ms: Over `repeats` synchronised runs after warm-up.
         spread_ms: 90th minus 10th percentile.
@@ -46,7 +45,6 @@ class BenchRow:
     case: str
     shape: str
     machine: str
-    clock: str
     dtype: str
     median_ms: float
     spread_ms: float
@@ -86,15 +84,6 @@ class Setting:
         return 3 if self.quick else 11
 
     @property
-    def clock(self) -> str:
-        """One thread is timed by what it computes, so that a busy machine tells the truth too.
-
-        On an idle machine that is the wall clock's time. Several threads, and accelerators,
-        are timed by the wall.
-        """
-        return "processor" if self.device == "cpu" and self.threads == 1 else "wall"
-
-    @property
     def dtype(self) -> torch.dtype:
         """What people train in there: bfloat16 on an accelerator, float32 on a processor."""
         return torch.float32 if self.device == "cpu" else torch.bfloat16
@@ -124,24 +113,17 @@ def compare(
     baseline: Case,
     cases: Sequence[Case],
     setting: Setting,
-    clock: Callable[[], float] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[BenchRow]:
-    """Time cases and their baseline in turns; one row per case, the baseline's first.
-
-    Args:
-        clock: Seconds; None is the setting's own.
-    """
+    """Time cases and their baseline in turns; one row per case, the baseline's first."""
     runs = {case.shape: case.run for case in (baseline, *cases)}
-    times = interleave(
-        runs, setting.rounds, _synchronise(setting.device), clock or time.perf_counter
-    )
+    times = interleave(runs, setting.rounds, _synchronise(setting.device), clock)
     baseline_ms = statistics.median(times[baseline.shape])
     return [
         BenchRow(
             case=case.case,
             shape=case.shape,
             machine=setting.machine,
-            clock=setting.clock,
             dtype=str(setting.dtype).removeprefix("torch."),
             median_ms=statistics.median(times[case.shape]),
             spread_ms=spread(times[case.shape]),
@@ -236,7 +218,7 @@ def main(name: str, measure: Callable[[Setting], list[BenchRow]]) -> None:
     """Run one benchmark from its command line: measure, print, append."""
     setting = parse(name, sys.argv[1:])
     rows = measure(setting)
-    print(f"{setting.machine}, {rows[0].dtype}, {setting.clock} time, commit {rows[0].commit}")
+    print(f"{setting.machine}, {rows[0].dtype}, commit {rows[0].commit}")
     print(table(rows))
     append_rows(ROWS / f"{name}.jsonl", rows)
 

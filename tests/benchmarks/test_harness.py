@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 
+from tests.benchmarks.bench_forms import FORMS, Operands
 from tests.benchmarks.bench_nested import BATCH, TOKENS, NestedStack, plain_stack
 from tests.benchmarks.harness import (
     BenchRow,
@@ -25,7 +26,6 @@ ROW = BenchRow(
     case="nested/blocks/train",
     shape="S/16 B=8 N=196 e_c=0.3",
     machine="cpu x86_64, 2 cores, 1 used, torch 2",
-    clock="processor",
     dtype="float32",
     median_ms=30.0,
     spread_ms=1.5,
@@ -109,16 +109,6 @@ def test_a_row_says_where_and_of_which_code_it_is():
     assert commit() == "unknown" or len(commit().removesuffix("-dirty")) == 12
 
 
-@pytest.mark.parametrize(
-    ("device", "threads", "clock"),
-    [("cpu", 1, "processor"), ("cpu", 2, "wall"), ("cuda", 1, "wall")],
-)
-def test_only_one_processor_thread_is_timed_by_what_it_computes(device, threads, clock):
-    setting = dataclasses.replace(QUICK, device=device, threads=threads)
-
-    assert setting.clock == clock
-
-
 def test_the_command_line_is_kept_in_the_row():
     threads = torch.get_num_threads()
     try:
@@ -158,3 +148,12 @@ def test_the_dense_baseline_computes_what_the_nested_blocks_do():
     with torch.inference_mode():
         expected = dense(x_NBD.transpose(0, 1)).transpose(0, 1)
         torch.testing.assert_close(nested(x_NBD), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", FORMS)
+def test_all_forms_of_a_layer_compute_the_same(layer):
+    operands = Operands(QUICK, "Ti", 0.3)
+    results = [getattr(operands, f"{layer}_{form}")() for form in FORMS[layer]]
+
+    for result in results[:-1]:
+        torch.testing.assert_close(result, results[-1], rtol=1e-4, atol=1e-6)

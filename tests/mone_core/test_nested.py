@@ -81,12 +81,21 @@ def test_segments_and_bands_cover_the_same_elements_once(counts):
 
 
 @pytest.mark.parametrize(
-    ("counts", "dims"), [((1, 2), (1, 2, 4)), ((1, 2), (4, 2)), ((1, 2), (2, 2)), ((3, -1), (1, 2))]
+    ("counts", "dims"),
+    [
+        ((1, 2), (1, 2, 4)),
+        ((1, 2), (4, 2)),
+        ((1, 2), (2, 2)),
+        ((3, -1), (1, 2)),
+        ((0, 0), (1, 2)),
+        ((), ()),
+    ],
 )
 def test_counts_and_dims_that_do_not_pair_up_are_refused(counts, dims):
     with pytest.raises(
         CapacityError,
-        match=r"need one count \(0 or more\) per nested dim and rising dims, got counts \(.*\) for",
+        match=r"need one count \(0 or more, one above 0\) per nested dim and rising dims, "
+        r"got counts \(.*\) for",
     ):
         Layout.of(counts, dims)
 

@@ -1,5 +1,7 @@
 """Recipe, then file, then flags."""
 
+import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,3 +134,11 @@ def test_every_field_has_a_flag_in_the_long_help(capsys):
         "--out",
     ):
         assert flag in out
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_refusal_reads_the_same_on_every_kind_of_output(encoding, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+
+    with pytest.raises(UsageError, match=r"^--train\.steps: invalid literal for int\(\) .*'abc'$"):
+        resolved("--train.steps", "abc")

@@ -11,11 +11,12 @@ import torch
 
 from cluster.backends import get_backend
 from mone_core.models import build_model
-from pipelines.checkpoint import checkpoint_of, committed, load_weights, step_of
+from pipelines.checkpoint import Checkpoints, checkpoint_of, committed, load_weights, step_of
+from pipelines.data.order import Position
 from pipelines.errors import RunFailedError
 from pipelines.evaluate import score, validation_stream
 from pipelines.metrics import MetricRow, append_row, read_rows, rewind
-from pipelines.optim import learning_rate
+from pipelines.optim import build_optimizer, learning_rate
 from pipelines.train import Outcome, budget_at, train
 from pipelines.weights import save_weights
 from tests.pipelines import tiny
@@ -146,6 +147,44 @@ def test_training_starts_from_the_weights_that_it_is_given(data, unbroken, tmp_p
     assert same_bits(dict(run.core.state_dict()), dict(trained.state_dict()))
 
 
+def one_step(data, out, **optim):
+    """A run after its first update, and the row of it."""
+    config = tiny.tiny_config(data, out, steps=1, log_every=1, checkpoint_every=1)
+    config = replace(config, optim=replace(config.optim, **optim))
+    reporter = MemoryReporter()
+    run = tiny.build_here(config, reporter)
+    train(run)
+    return run, reporter.rows[0]
+
+
+@pytest.mark.parametrize("clip_norm", [0.01, 1e6])
+def test_a_gradient_is_scaled_down_to_the_norm_that_is_allowed_and_reported_as_it_was(
+    data, tmp_path, clip_norm
+):
+    run, row = one_step(data, tmp_path / "run", clip_norm=clip_norm)
+
+    first_moments = [run.optimizer.state[p]["exp_avg"] for p in run.core.parameters()]
+    used = torch.stack([moment.norm() for moment in first_moments]).norm().item() / (1 - 0.9)
+    assert row.values["grad_norm"] > 0.1
+    assert used == pytest.approx(min(clip_norm, row.values["grad_norm"]), rel=1e-3)
+
+
+def test_the_scheduled_rate_is_the_one_that_is_used(data, tmp_path):
+    run, row = one_step(data, tmp_path / "run", learning_rate=0.3, warmup_steps=3)
+
+    (rate,) = {group["lr"] for group in run.optimizer.param_groups}
+    assert rate == row.values["learning_rate"] == pytest.approx(0.1)
+
+
+def test_smoothed_labels_are_learnt_less_surely(data, tmp_path):
+    sure, _ = one_step(data, tmp_path / "sure", label_smoothing=0.0, clip_norm=1e6)
+    smooth, _ = one_step(data, tmp_path / "smooth", label_smoothing=0.5, clip_norm=1e6)
+
+    first = [run.optimizer.state[run.core.head.bias]["exp_avg"] for run in (sure, smooth)]
+    assert first[0].norm() > 0
+    torch.testing.assert_close(first[1], 0.5 * first[0])
+
+
 # Numbers that are not finite.
 
 
@@ -220,8 +259,23 @@ def test_a_single_budget_is_always_drawn():
 # Two processes.
 
 
-def train_and_score(backend, config, folder):
-    """What each of two ranks does; rank r leaves what it saw in `folder/rank_r.json`."""
+def train_and_score(backend, config, alone, folder):
+    """What each of two ranks does; rank r leaves what it saw in `folder/rank_r.json`.
+
+    `alone` is a run that one process trained.
+    """
+    model = build_model(config.model)
+    optimizer = build_optimizer(model, config.optim)
+    step, _ = Checkpoints(alone.out, alone, backend).restore_newest(model, optimizer)
+    saved = state_of(alone.out)
+    assert step == 12
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, saved[f"model.{name}"])
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(
+                optimizer.state[parameter][moment], saved[f"optimizer.{name}.{moment}"]
+            )
+
     outcome, rows = tiny.train_here(config, backend=backend)
     stopped_config = replace(config, out=config.out.with_name("stopped"))
     stopped, outcomes = [], []
@@ -245,12 +299,12 @@ def train_and_score(backend, config, folder):
 
 
 @pytest.fixture(scope="module")
-def two_ranks(data, tmp_path_factory):
+def two_ranks(data, unbroken, tmp_path_factory):
     """A run of two processes, whole and stopped at every row; what each rank told."""
     folder = tmp_path_factory.mktemp("two")
     config = tiny.tiny_config(data, folder / "run")
     config = replace(config, parallel=replace(config.parallel, num_workers=2))
-    tiny.on_ranks(train_and_score, folder, config, folder)
+    tiny.on_ranks(train_and_score, folder, config, unbroken[0], folder)
     return config, [json.loads((folder / f"rank_{r}.json").read_text()) for r in range(2)]
 
 
@@ -280,6 +334,22 @@ def test_two_processes_stopped_at_every_row_and_gone_on_are_their_own_unbroken_r
     assert told["outcomes"] == ["finished", *["stopped"] * 5, "finished"]
     assert other["outcomes"] == told["outcomes"]
     assert same_bits(state_of(config.out), state_of(config.out.with_name("stopped")))
+
+
+def test_one_process_reads_what_two_wrote_and_two_read_what_one_wrote(two_ranks):
+    config, _ = two_ranks  # the other way round is asserted on the ranks
+    checkpoint = checkpoint_of(config.out)
+    model = build_model(config.model)
+    optimizer = build_optimizer(model, config.optim)
+
+    found = Checkpoints(config.out, config, get_backend("cpu")).restore_newest(model, optimizer)
+
+    assert found == (12, Position(seed=0, epoch=3, step=0))
+    assert len(list(checkpoint.glob("*.safetensors"))) == 2
+    saved = state_of(config.out)
+    weights = {f"model.{name}": value for name, value in model.state_dict().items()}
+    assert same_bits(weights, {k: v for k, v in saved.items() if k.startswith("model.")})
+    assert len(saved) == 3 * len(weights)
 
 
 def test_two_processes_score_a_model_as_one_does(two_ranks):

@@ -110,6 +110,7 @@ def tiny_config(data: Path, out: Path, **changes: Any) -> RunConfig:
         "steps": 12,
         "batch_size": 8,
         "budgets": (0.2, 0.5, 1.0),
+        "router_noise": 0.3,
         "log_every": 2,
         "eval_every": 6,
         "eval_budgets": (0.2, 1.0),

@@ -61,6 +61,10 @@ def test_sizes_below_1_are_refused(name, value):
             {"dim": 36, "heads": 2},
             r"model: every width must be a whole number of features: widths \[0\.125\] of dim 36",
         ),
+        (
+            {"dim": 38, "heads": 2, "widths": (0.5, 1.0), "positions": "sincos"},
+            r"model: positions sincos need a dim of 8 or more by fours, got 38$",
+        ),
         ({"effective_capacity": 0.1}, r"model: effective capacity 0\.1 is out of reach"),
         ({"widths": (0.5, 0.25, 1.0)}, r"model: widths must rise strictly"),
         ({"widths": ()}, r"model: widths must rise strictly .*got \(\)"),
@@ -71,6 +75,16 @@ def test_sizes_below_1_are_refused(name, value):
 def test_what_cannot_be_is_refused_with_its_value(wrong, says):
     with pytest.raises(ConfigError, match=says):
         ModelConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("gelu", "tanh"), ("positions", "normal"), ("capacity_form", "fraction")],
+)
+def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(name, known):
+    """Not taken for one of the others."""
+    with pytest.raises(ConfigError, match=rf"model: .*nonesuch.*{known}"):
+        ModelConfig(**{name: "nonesuch"})
 
 
 def test_several_problems_are_told_at_once():

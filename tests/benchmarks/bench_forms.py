@@ -1,0 +1,118 @@
+"""Other ways to write the two nested linear layers, against the ones that `nested` has.
+
+    python -m tests.benchmarks.bench_forms --threads 1
+
+Forward only. Each form computes the same numbers; what lost is told in LOG.md.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mone_core.capacity import capacity_distribution, token_counts
+from mone_core.models import VIT_SIZES
+from mone_core.nested import Layout, nested_in, nested_out
+from tests.benchmarks.harness import BenchRow, Case, Setting, compare, main
+
+BATCH, TOKENS = 8, 196
+
+
+class Operands:
+    """An MLP's two layers on random tokens: D in, 4D hidden, D out."""
+
+    def __init__(self, setting: Setting, size: str, budget: float) -> None:
+        config = VIT_SIZES[size]
+        dim, hidden = config.dim, 4 * config.dim
+        counts = token_counts(capacity_distribution(budget), TOKENS)
+        self.layout = Layout.of(counts, config.dims)
+
+        def random(*shape: int) -> Tensor:
+            return 0.02 * torch.randn(*shape, device=setting.device, dtype=setting.dtype)
+
+        self.x_NBD, self.h_NBF = random(TOKENS, BATCH, dim), random(TOKENS, BATCH, hidden)
+        self.up_FD, self.up_bias_F = random(hidden, dim), random(hidden)
+        self.down_DF, self.down_bias_D = random(dim, hidden), random(dim)
+        self.gate_NB1 = random(TOKENS, BATCH, 1)
+        self.mask_N1D = torch.zeros_like(self.x_NBD[:, :1])
+        for segment in self.layout.segments:
+            self.mask_N1D[segment.start : segment.stop, :, : segment.dim] = 1
+
+    def up_dense(self) -> Tensor:
+        """Full width for every token: not the same numbers, the baseline."""
+        return F.linear(self.x_NBD, self.up_FD, self.up_bias_F)
+
+    def up_nested(self) -> Tensor:
+        """What `mone_core.nested` does: one product per width class, written in place."""
+        return nested_in(self.x_NBD, self.up_FD, self.up_bias_F, self.layout)
+
+    def up_masked(self) -> Tensor:
+        """Full width on tokens with zeros past their width."""
+        return F.linear(self.x_NBD * self.mask_N1D, self.up_FD, self.up_bias_F)
+
+    def up_joined(self) -> Tensor:
+        """One product per width class, then joined by a copy."""
+        parts = [
+            F.linear(
+                self.x_NBD[s.start : s.stop, :, : s.dim], self.up_FD[:, : s.dim], self.up_bias_F
+            )
+            for s in self.layout.segments
+        ]
+        return torch.cat(parts)
+
+    def down_dense(self) -> Tensor:
+        """Full width for every token: not the same numbers, the baseline."""
+        return self.x_NBD + self.gate_NB1 * F.linear(self.h_NBF, self.down_DF, self.down_bias_D)
+
+    def down_nested(self) -> Tensor:
+        """What `mone_core.nested` does: one product per width class, added where it belongs."""
+        weights = (self.down_DF, self.down_bias_D)
+        return nested_out(self.x_NBD, self.h_NBF, *weights, self.layout, self.gate_NB1)
+
+    def down_masked(self) -> Tensor:
+        """Full width, then zeros past each token's width."""
+        branch = F.linear(self.h_NBF, self.down_DF, self.down_bias_D)
+        return self.x_NBD + self.gate_NB1 * self.mask_N1D * branch
+
+    def down_banded(self) -> Tensor:
+        """One product per band of features, each for all tokens at least that wide."""
+        out = self.x_NBD.clone()
+        for band in self.layout.bands:
+            columns = slice(band.low, band.high)
+            branch = F.linear(
+                self.h_NBF[: band.tokens], self.down_DF[columns], self.down_bias_D[columns]
+            )
+            out[: band.tokens, :, columns].addcmul_(branch, self.gate_NB1[: band.tokens])
+        return out
+
+
+FORMS = {"up": ("masked", "joined", "nested"), "down": ("masked", "banded", "nested")}
+
+
+def measure(setting: Setting) -> list[BenchRow]:
+    """All rows, one group per layer, size and budget."""
+    torch.manual_seed(0)
+    rows = []
+    for size in ("S",) if setting.quick else ("S", "B"):
+        for budget in (0.3,) if setting.quick else (0.3, 0.5):
+            operands = Operands(setting, size, budget)
+            for layer, forms in FORMS.items():
+                dense, *others = (
+                    Case(
+                        case=f"forms/{layer}",
+                        shape=f"{size}/16 B={BATCH} N={TOKENS} e_c={budget} {form}",
+                        run=_inference(getattr(operands, f"{layer}_{form}")),
+                    )
+                    for form in ("dense", *forms)
+                )
+                rows += compare(dense, others, setting)
+    return rows
+
+
+def _inference(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    return torch.inference_mode()(run)
+
+
+if __name__ == "__main__":
+    main("forms", measure)

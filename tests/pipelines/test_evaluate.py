@@ -1,0 +1,159 @@
+"""One set of weights at many budgets: counted as a plain loop counts, padding left out."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cluster.backends import get_backend
+from mone_core.errors import CapacityError
+from mone_core.models import build_model
+from pipelines.config import read_config
+from pipelines.data.batch import model_input
+from pipelines.evaluate import evaluate, latencies, latency_batch, score, validation_stream
+from pipelines.results import RESULTS, read_results
+from pipelines.run_report import evaluate_run
+from tests.pipelines import tiny
+
+BUDGETS = (0.125, 0.2, 0.5, 1.0)
+SAMPLES = 11  # a batch of 8 and one of 3 with 5 rows of padding
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    return tiny.tiny_config(tiny.write_data(folder / "data", val=SAMPLES), folder / "run", steps=4)
+
+
+@pytest.fixture
+def model(config):
+    torch.manual_seed(3)
+    model = build_model(config.model)
+    torch.nn.init.normal_(model.head.weight)
+    return model.eval()
+
+
+@torch.no_grad()
+def plain_loop(model, config, budget):
+    """Accuracy and loss of one image after the other."""
+    model.set_effective_capacity(budget)
+    right, losses = 0, []
+    for batch in validation_stream(config):
+        for pixels, label, valid in zip(
+            batch.pixels_BHWC, batch.labels_B, batch.valid_B, strict=True
+        ):
+            if valid:
+                logits = model(model_input(pixels.unsqueeze(0))).logits_BK[0]
+                right += int(logits.argmax()) == int(label)
+                losses.append(F.cross_entropy(logits, label).item())
+    assert len(losses) == SAMPLES
+    return right / SAMPLES, sum(losses) / SAMPLES
+
+
+def test_accuracy_and_loss_are_those_of_a_plain_loop_at_every_budget(model, config):
+    found = score(model, validation_stream(config), BUDGETS, get_backend("cpu"))
+
+    assert tuple(found) == BUDGETS
+    for budget, score_ in found.items():
+        accuracy, loss = plain_loop(model, config, budget)
+        assert score_.accuracy == accuracy
+        assert score_.loss == pytest.approx(loss, rel=1e-5)
+        assert score_.samples == SAMPLES
+    assert len({score_.loss for score_ in found.values()}) == len(BUDGETS)
+
+
+@pytest.mark.parametrize("always", range(4))
+def test_rows_of_padding_never_count(model, config, always):
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.copy_(100 * F.one_hot(torch.tensor(always), 4))
+    labels = [(1000 + i) % 4 for i in range(SAMPLES)]  # padding has label 0
+
+    found = score(model, validation_stream(config), (0.5,), get_backend("cpu"))[0.5]
+
+    assert found.samples == SAMPLES
+    assert found.accuracy == labels.count(always) / SAMPLES
+    assert found.loss == pytest.approx(100 * (1 - labels.count(always) / SAMPLES))
+
+
+def test_scoring_needs_no_gradient_and_changes_no_weight(model, config):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    score(model, validation_stream(config), (0.5,), get_backend("cpu"))
+
+    assert tiny.same_bits(before, dict(model.state_dict()))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_every_budget_has_its_own_cost(model, config):
+    found = evaluate("it", 4, model, validation_stream(config), BUDGETS, get_backend("cpu"))
+
+    assert (found.name, found.step, found.num_classes) == ("it", 4, 4)
+    assert found.torch == torch.__version__
+    assert [setting.effective_capacity for setting in found.settings] == list(BUDGETS)
+    for setting in found.settings:
+        model.set_effective_capacity(setting.effective_capacity)
+        assert setting.macs == model.macs()
+        assert setting.realised_effective_capacity == model.realised_effective_capacity
+        assert setting.latency_batch == latency_batch(tiny.PIXELS)
+        assert setting.images_per_second == pytest.approx(
+            1000 * setting.latency_batch / setting.latency_ms
+        )
+    macs = [setting.macs for setting in found.settings]
+    assert macs == sorted(set(macs))
+    assert found.settings[0].realised_effective_capacity == 0.125
+    assert found.settings[-1].realised_effective_capacity == 1.0
+
+
+@pytest.mark.parametrize(("pixels", "images"), [(16, 64), (64, 64), (224, 8), (448, 2), (2000, 1)])
+def test_small_images_are_timed_together_and_large_ones_alone(pixels, images):
+    assert latency_batch(pixels) == images
+
+
+def test_a_run_is_evaluated_in_batches_of_what_one_rank_trains_on(config):
+    shared = replace(config, parallel=replace(config.parallel, num_workers=4))
+
+    assert len(next(iter(validation_stream(config))).labels_B) == 8
+    assert len(next(iter(validation_stream(shared))).labels_B) == 2
+
+
+def test_latency_is_measured_in_milliseconds_for_every_budget(model):
+    taken = latencies(model, (0.2, 1.0), get_backend("cpu"))
+
+    assert taken.keys() == {0.2, 1.0}
+    assert all(0.05 < milliseconds < 2000 for milliseconds in taken.values())
+
+
+@pytest.fixture(scope="module")
+def trained(config):
+    tiny.train_here(config)
+    return config
+
+
+def test_a_run_is_evaluated_from_its_newest_checkpoint_and_keeps_the_results(trained):
+    found = evaluate_run(trained.out, (0.2, 1.0))
+
+    assert read_results(trained.out) == found
+    assert (found.name, found.step) == ("run", 4)
+    plain = json.loads((trained.out / RESULTS).read_text())
+    assert [setting["samples"] for setting in plain["settings"]] == [SAMPLES] * 2
+
+
+def test_one_checkpoint_is_evaluated_as_such(trained, tmp_path):
+    checkpoint = trained.out / "checkpoints" / "step_4"
+
+    found = evaluate_run(checkpoint, (0.5,), out=tmp_path, name="champion")
+
+    assert found.name == "champion"
+    assert read_results(tmp_path) == found
+    assert not (checkpoint / RESULTS).exists()
+    assert read_config(checkpoint) == trained
+
+
+def test_a_budget_out_of_reach_ends_an_evaluation_before_it_starts(trained, tmp_path):
+    with pytest.raises(CapacityError, match=r"0\.1 is out of reach: .* between 0\.125"):
+        evaluate_run(trained.out, (0.5, 0.1), out=tmp_path)
+
+    assert not (tmp_path / RESULTS).exists()

@@ -1,0 +1,63 @@
+"""What the router does with the first validation images."""
+
+import numpy as np
+import pytest
+import torch
+
+from mone_core.models import build_model
+from pipelines.data.batch import model_input
+from pipelines.evaluate import validation_stream
+from pipelines.routing import routing_examples
+from tests.pipelines import tiny
+
+BUDGETS = (0.2, 1.0)
+NAMES = ("red", "green", "blue", "yellow")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("routing")
+    return tiny.tiny_config(tiny.write_data(folder / "data", val=5), folder / "run")
+
+
+@pytest.fixture(scope="module")
+def model(config):
+    torch.manual_seed(3)
+    model = build_model(config.model)
+    torch.nn.init.normal_(model.head.weight)
+    return model
+
+
+def test_images_labels_predictions_and_experts_are_those_of_the_model(model, config):
+    stream = validation_stream(config)
+
+    found = routing_examples(model, stream, BUDGETS, NAMES, count=3)
+
+    batch = next(iter(stream))
+    assert np.array_equal(found.images_uint8, batch.pixels_BHWC[:3].numpy())
+    assert found.labels == tuple(NAMES[label] for label in batch.labels_B[:3])
+    assert found.budgets == BUDGETS
+    assert found.widths == config.model.widths
+    assert found.expert.shape == (2, 3, 4, 4)
+    for row, budget in enumerate(BUDGETS):
+        model.set_effective_capacity(budget)
+        output = model(model_input(batch.pixels_BHWC[:3]))
+        assert np.array_equal(found.expert[row].reshape(3, 16), output.expert_BN.numpy())
+        predicted = [NAMES[k] for k in output.logits_BK.argmax(dim=1)]
+        assert [of_image[row] for of_image in found.predictions] == predicted
+
+
+def test_every_budget_sends_as_many_patches_to_each_width_as_it_may(model, config):
+    found = routing_examples(model, validation_stream(config), BUDGETS, NAMES)
+
+    for row, budget in enumerate(BUDGETS):
+        model.set_effective_capacity(budget)
+        for image in found.expert[row]:
+            assert np.bincount(image.ravel(), minlength=4).tolist() == list(model.counts)
+    assert (found.expert[1] == 3).all()
+
+
+def test_padding_is_not_shown(model, config):
+    found = routing_examples(model, validation_stream(config), BUDGETS, NAMES, count=8)
+
+    assert len(found.images_uint8) == len(found.labels) == len(found.predictions) == 5
