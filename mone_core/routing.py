@@ -38,15 +38,9 @@ class Router(nn.Module):
         nn.init.normal_(self.score.weight, std=0.02)
         nn.init.zeros_(self.score.bias)
 
-    def forward(self, x_BND: Tensor, noise_BNE: Tensor | None = None) -> Tensor:
-        """Probabilities of tokens; `noise` is added to the scores before the softmax.
-
-        Without noise a token that starts at one expert stays there: only the score of the expert
-        that it was given gets a gradient.
-        """
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """Probabilities of every expert, adding up to 1 for each token."""
         logits_BNE = self.score(x_BND)
-        if noise_BNE is not None:
-            logits_BNE = logits_BNE + noise_BNE
         at_least_float32 = torch.promote_types(logits_BNE.dtype, torch.float32)
         probs_BNE: Tensor = logits_BNE.softmax(dim=-1, dtype=at_least_float32)
         return probs_BNE

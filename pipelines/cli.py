@@ -1,8 +1,8 @@
 """The command line: finds the verb, runs it, and turns our errors into one line.
 
 Exit codes: 0 success, 1 our failure (with a traceback), 2 a user's mistake (one line), 3
-stopped after a checkpoint. What a verb does is in `commands/`, one file a verb, loaded only
-when it is asked for.
+stopped after a checkpoint, 130 interrupted at once. What a verb does is in `commands/`, one file
+a verb, loaded only when it is asked for.
 """
 
 import argparse
@@ -55,6 +55,9 @@ def run(arguments: Sequence[str]) -> int:
     except RunFailedError as error:
         print(f"mone: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("mone: interrupted; what is finished stays", file=sys.stderr)
+        return 130
     except ValueError as error:
         if type(error).__module__ != "mone_core.errors":  # not imported here: torch is slow
             raise

@@ -103,10 +103,7 @@ class TrainConfig:
         batch_size: Images of one step over all workers together.
         budgets: Effective capacities to train at. One is drawn per step, the same
             on all workers; a single one trains at a fixed budget.
-        router_noise: Standard deviation of noise on the router's scores at the first step,
-            falling evenly to 0 at the last, so that the router meets other assignments than its
-            first; 0, as the paper, adds none.
-        seed: Seed of the initial weights, the sample order, augmentation, budgets and noise.
+        seed: Seed of the initial weights, the sample order, augmentation and budgets.
         log_every: Steps between metric rows.
         eval_every: Steps between evaluations on the validation set.
         eval_budgets: Effective capacities of those evaluations.
@@ -118,7 +115,6 @@ class TrainConfig:
     steps: int = 1000
     batch_size: int = 64
     budgets: tuple[float, ...] = (0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
-    router_noise: float = 0.0
     seed: int = 0
     log_every: int = 50
     eval_every: int = 500
@@ -142,8 +138,6 @@ class TrainConfig:
                 f"checkpoint_every must be a multiple of log_every, so that metric rows are the "
                 f"same after a restart; got {self.checkpoint_every} and {self.log_every}"
             )
-        if not self.router_noise >= 0:
-            problems.append(f"router_noise must be 0 or more, got {self.router_noise}")
         if not self.budgets:
             problems.append("budgets must name at least one effective capacity")
         _raise_if_any("train", problems)

@@ -12,12 +12,12 @@ from pipelines.data.archive import find_tars
 from pipelines.data.embedded import draw_digits, shard_both, shard_split
 from pipelines.data.shards import ShardingReport
 from pipelines.errors import UsageError
+from pipelines.publish import publish_report
 from pipelines.results import RESULTS, Results
-from pipelines.run_report import REPORT, evaluate_run, report_files, report_run
+from pipelines.run_report import REPORT, evaluate_run
 from pipelines.terminal import Terminal
-from pipelines.tracking import MlflowTracker
 from pipelines.train import Outcome
-from pipelines.training import EXIT_CODES, Trained, train_run
+from pipelines.training import EXIT_CODES, train_run
 
 STAGES = 5
 VAL_FRACTION = 0.1
@@ -56,7 +56,8 @@ def run_demo(
     results = evaluate_run(trained.config.out)
     shutil.copyfile(trained.config.out / RESULTS, out / RESULTS)
     terminal.stage(5, STAGES, "report", "curves, budgets and routed images in one HTML file")
-    _report(trained, out, results)
+    publish_report(trained.config.out)
+    shutil.copyfile(trained.config.out / REPORT, out / REPORT)
     _close(terminal, config, out, results, time.monotonic() - started)
     return 0
 
@@ -93,17 +94,6 @@ def _shards_line(report: ShardingReport) -> str:
         f"{manifest.samples} samples in {len(manifest.shards)} shards, {len(manifest.skipped)} "
         f"skipped -> {report.folder}{' (there already)' if report.did_nothing else ''}"
     )
-
-
-def _report(trained: Trained, out: Path, results: Results) -> None:
-    run = trained.config.out
-    content = report_run(run)
-    shutil.copyfile(run / REPORT, out / REPORT)
-    tracker = MlflowTracker(trained.config)
-    tracker.log_files({RESULTS: (run / RESULTS).read_bytes(), **report_files(run, content)})
-    for setting in results.settings:
-        tracker.log_summary({f"accuracy/ec_{setting.effective_capacity:.2f}": setting.accuracy})
-    tracker.finish()
 
 
 def _close(

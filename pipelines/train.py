@@ -109,7 +109,7 @@ def train_step(run: Run, step: int, batch: Batch) -> Tensor:
     run.core.set_effective_capacity(
         budget_at(step, run.config.train.budgets, run.config.train.seed)
     )
-    logits_BK = run.model(model_input(batch.pixels_BHWC), router_noise(run, step)).logits_BK
+    logits_BK = run.model(model_input(batch.pixels_BHWC)).logits_BK
     loss_B = softmax_loss(logits_BK, batch.labels_B, label_smoothing=optim.label_smoothing)
     loss = loss_B.mean()
     run.optimizer.zero_grad()
@@ -126,21 +126,6 @@ def budget_at(step: int, budgets: Sequence[float], seed: int) -> float:
     Source: arXiv 2407.19985, section 5, Train-Adaptive.
     """
     return budgets[mix64(mix64(seed % 2**64) ^ step) % len(budgets)]
-
-
-def router_noise(run: Run, step: int) -> Tensor | None:
-    """Noise on the router's scores for this rank's images, shape BNE; None when there is none.
-
-    Drawn for the whole global batch, so that an image meets the same noise on any number of
-    ranks and after a restart.
-    """
-    plan, model = run.config.train, run.config.model
-    if plan.router_noise == 0:
-        return None
-    generator = torch.Generator().manual_seed(mix64(mix64(plan.seed % 2**64) ^ ~step % 2**64))
-    shape = (plan.batch_size, model.num_tokens, len(model.widths))
-    ours = torch.randn(shape, generator=generator).chunk(run.backend.world)[run.backend.rank]
-    return plan.router_noise * (1 - step / plan.steps) * ours.to(run.backend.device)
 
 
 class _Window:

@@ -26,9 +26,7 @@ from mone_core.routing import Router, expert_preferred_routing, sort_by_width
 
 # From the fastest to the slowest sine. Grids have tens of positions along a side, not thousands.
 POSITION_SPAN = 100.0
-# Well below the tokens' own size: the router reads their sum, and should read what is in a patch
-# before where it is.
-POSITION_SCALE = 0.1
+POSITION_SCALE = 0.5  # about the size of a patch's own embedding
 
 
 class Output(NamedTuple):
@@ -115,15 +113,10 @@ class NestedViT(nn.Module):
         """The budget that whole tokens per image come to."""
         return effective_capacity_of(self.counts, self.config.widths)
 
-    def forward(self, images: Tensor, router_noise_BNE: Tensor | None = None) -> Output:
-        """Class scores of images, and where the router sent their patches.
-
-        Args:
-            images: `[B, 3, image_size, image_size]`.
-            router_noise_BNE: Added to the router's scores; for training.
-        """
+    def forward(self, images: Tensor) -> Output:
+        """Class scores of images, and where the router sent their patches."""
         x_BND = self.embed(images)
-        probs_BNE = self.router(x_BND, router_noise_BNE)
+        probs_BNE = self.router(x_BND)
         expert_BN = expert_preferred_routing(probs_BNE, self.counts)
         order_BN = sort_by_width(expert_BN)
         chosen_BN = probs_BNE.gather(2, expert_BN.unsqueeze(-1)).squeeze(-1)

@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.run_report import REPORT, report_run
+from pipelines.publish import publish_report
+from pipelines.run_report import REPORT
 
 EXAMPLE = "mone report runs/digits"
 
@@ -13,6 +14,8 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     """Run the command."""
     parser.add_argument("run", type=Path, help="a run's folder")
     args = parser.parse_args(arguments)
-    report_run(args.run)
+    problem = publish_report(args.run)
     print(f"report -> {args.run / REPORT}")
+    if problem:
+        print(f"warning: MLflow did not take it: {problem}")
     return 0

@@ -6,6 +6,7 @@ are. One retraining at a time per dataset.
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pipelines.config import to_yaml
@@ -25,11 +26,13 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
         default=0.0,
         help="accuracy (0 to 1) that the challenger may lose at a budget (default 0)",
     )
+    parser.add_argument("--out", type=Path, help="folder (default runs/retrain_RECIPE)")
     add_run_arguments(parser)
     args, flags = parser.parse_known_args(arguments)
     config = run_config(
         args.recipe, args.config, flags, command="retrain", help_config=args.help_config
     )
+    config = replace(config, out=args.out or Path("runs") / f"retrain_{args.recipe}")
     if args.print_config:
         print(to_yaml(config), end="")
         return 0

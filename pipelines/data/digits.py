@@ -48,8 +48,8 @@ def write_digit_archives(
     copies_train: int,
     copies_val: int,
     canvas: int = 28,
-    digit_sizes: tuple[int, int] = (17, 21),
-    clutter: float = 0.5,
+    digit_sizes: tuple[int, int] = (18, 21),
+    clutter: float = 0.4,
     seed: int = 0,
 ) -> None:
     """Write `out/train`, `out/val` and `out/words.txt`, whole or not at all.

@@ -10,7 +10,7 @@ from pipelines.data.plan import Part
 from pipelines.data.shards import ShardingReport, write_shards
 from pipelines.terminal import Terminal
 
-COPIES_TRAIN, COPIES_VAL = 8, 3
+COPIES_TRAIN, COPIES_VAL = 12, 3
 
 
 def ensure_data(config: DataConfig, terminal: Terminal, *, verbose: bool = False) -> None:

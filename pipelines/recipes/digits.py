@@ -33,22 +33,21 @@ def digits() -> RunConfig:
         data=DataConfig(
             root=Path("data/digits"),
             embedded="digits",
-            crop_area=(0.7, 1.0),
+            crop_area=(0.8, 1.0),
             flip=0.0,
             eval_resize=28,
             threads=1,
         ),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=200),
         train=TrainConfig(
-            steps=4500,
+            steps=3600,
             batch_size=64,
             # The paper's nine budgets and the full model, which the report compares with.
             budgets=(0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95, 1.0),
-            router_noise=1.0,
             log_every=25,
-            eval_every=750,
+            eval_every=600,
             eval_budgets=(0.2, 0.5, 1.0),
-            checkpoint_every=750,
+            checkpoint_every=600,
         ),
         parallel=ParallelConfig(num_workers=2),
     )

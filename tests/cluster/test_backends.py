@@ -1,6 +1,7 @@
 """What every backend promises training, with one process and with two."""
 
 import os
+from datetime import timedelta
 
 import pytest
 import torch
@@ -51,7 +52,13 @@ def test_alone_a_model_is_not_wrapped_and_sums_are_the_values_themselves():
 def promise(rank, meeting):
     """Runs on each of two ranks; a broken promise fails the process."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{meeting}",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=60),
+    )
     backend = get_backend("cpu")
     assert (backend.rank, backend.world) == (rank, 2)
 

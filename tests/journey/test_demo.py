@@ -2,11 +2,14 @@
 
 import json
 import re
+from collections import Counter
 
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 from mlflow import MlflowClient
 
+from pipelines.data.embedded import COPIES_TRAIN, COPIES_VAL
 from pipelines.data.verify import verify
 from tests.journey.commands import SHORT
 
@@ -44,14 +47,16 @@ def test_the_shards_are_whole_and_read_with_plain_webdataset(out, part):
     assert {sample["cls"] for sample in samples} == set(range(10))
 
 
-def test_no_scan_is_in_training_and_validation(out):
-    def keys(part):
-        return {p.stem for p in (out / "shards" / part).glob("*.tar")}, json.loads(
-            (out / "shards" / part / "manifest.json").read_text()
-        )["samples"]
+def test_every_scan_stands_in_one_part_as_often_as_the_others(out):
+    def scans(part, copies):
+        keys = pq.read_table(out / "shards" / part / "index.parquet")["key"].to_pylist()
+        counted = Counter(int(key.split("_")[1]) // copies for key in keys)
+        assert set(counted.values()) == {copies}
+        return set(counted)
 
-    assert keys("train")[1] == 8 * 1438
-    assert keys("val")[1] == 3 * 359
+    train, val = scans("train", COPIES_TRAIN), scans("val", COPIES_VAL)
+    assert len(train) + len(val) == 1797
+    assert not train & val
 
 
 def test_the_run_and_its_report_are_in_mlflow(out):

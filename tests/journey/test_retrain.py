@@ -8,6 +8,7 @@ from filelock import FileLock
 from mlflow import MlflowClient
 
 from pipelines.data.digits import write_digit_archives
+from pipelines.data.embedded import COPIES_TRAIN
 from tests.journey.commands import SHORT
 
 
@@ -60,7 +61,7 @@ def test_new_data_a_challenger_and_a_verdict(house, retrain):
     assert done.returncode == 0, done.stderr
     manifest = json.loads((house / "shards/train/manifest.json").read_text())
     assert manifest["version"] == 2
-    assert manifest["samples"] == 9 * 1438
+    assert manifest["samples"] == (COPIES_TRAIN + 1) * 1438
     assert all(path.read_bytes() == content for path, content in old.items())
     assert "promoted the challenger" in done.stdout
     assert champion(house) == "2"

@@ -10,6 +10,7 @@ import io
 import os
 import tarfile
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,6 @@ def tiny_config(data: Path, out: Path, **changes: Any) -> RunConfig:
         "steps": 12,
         "batch_size": 8,
         "budgets": (0.2, 0.5, 1.0),
-        "router_noise": 0.3,
         "log_every": 2,
         "eval_every": 6,
         "eval_budgets": (0.2, 1.0),
@@ -210,7 +210,13 @@ def _rank(
     rank: int, world: int, meeting: Path, work: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{meeting}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=60),  # a rank that left early fails the other one
+    )
     try:
         work(get_backend("cpu"), *arguments)
     finally:

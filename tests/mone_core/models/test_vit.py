@@ -358,19 +358,6 @@ def test_alpha_and_router_come_alive_whichever_way_alpha_is_pushed(push, optimiz
     assert all(0 < alpha < 1 for alpha in alphas[0])
 
 
-def test_router_noise_moves_tokens_and_counts_are_still_met():
-    model, images = random_model(), random_images(2)
-    noise_BNE = torch.zeros(2, 16, 4, dtype=torch.float64)
-    assert torch.equal(model(images, noise_BNE).logits_BK, model(images).logits_BK)
-    noise_BNE[0, 5, 3] = noise_BNE[1, 9, 3] = 1e3
-
-    output = model(images, noise_BNE)
-
-    assert output.expert_BN[0, 5] == output.expert_BN[1, 9] == 3
-    for expert_N in output.expert_BN:
-        assert tuple(expert_N.bincount(minlength=4).tolist()) == model.counts
-
-
 def test_positions_may_start_as_two_dimensional_sines():
     """Each place has its own; features of a row do not change along it, nor of a column down it."""
     model = build_model(replace(TINY, positions="sincos"))

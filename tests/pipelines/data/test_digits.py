@@ -25,7 +25,7 @@ def drawn() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.floating]]:
     """Every scan once, at the largest size that the demo uses."""
     scans = load_digits().images.astype(np.float32) / 16
     rng = np.random.default_rng(1)
-    return draw_canvases(scans, rng, canvas=32, digit_sizes=(26, 26), clutter=1.0)
+    return draw_canvases(scans, rng, canvas=28, digit_sizes=(21, 21), clutter=0.4)
 
 
 def numbers(tar: Path) -> list[int]:
