@@ -63,7 +63,7 @@ def run_on_workers(
         LaunchError: The cluster lacks what the workers need.
         Exception: What the function raised, when it failed on a process.
     """
-    _check_resources(workers)
+    check_resources(workers)
     trainer = TorchTrainer(
         function,
         train_loop_config=argument,
@@ -115,8 +115,12 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
-def _check_resources(workers: Workers) -> None:
-    """Ask before starting: Ray would wait for ever for what is not there."""
+def check_resources(workers: Workers) -> None:
+    """Refuse what the running cluster cannot hold: Ray would wait for ever for it.
+
+    Raises:
+        LaunchError: Says what is needed and what there is.
+    """
     cpus = cluster_cpus()
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if workers.count * workers.cpus > cpus:

@@ -7,12 +7,8 @@ retraining at a time per dataset: a second one refuses at once.
 
 import dataclasses
 import datetime
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from cluster.backends import get_backend
 from cluster.session import ray_session
@@ -22,6 +18,7 @@ from pipelines.data.manifest import read_manifest
 from pipelines.data.shards import add_archive
 from pipelines.errors import RunError
 from pipelines.evaluate import evaluate, validation_stream
+from pipelines.locks import alone
 from pipelines.report import ReportContent, write_report
 from pipelines.results import Results
 from pipelines.run_report import REPORT, evaluate_run
@@ -64,7 +61,7 @@ def run_retraining(
         archive: New synset tars, of classes that the dataset has.
         base: How to train; `base.out` is the folder that retrainings are kept in.
         terminal: Where progress is shown.
-        tolerance: How much accuracy (0 to 1) the challenger may lose at a budget.
+        tolerance: Accuracy that the challenger may lose at a budget; below 0 it must gain.
         verbose: Let Ray write to the terminal.
 
     Raises:
@@ -75,7 +72,7 @@ def run_retraining(
     find_tars(archive)
     root = base.data.root.absolute()
     read_manifest(root / "train")
-    with _alone(root):
+    with alone(root / LOCK, f"retraining of {root}"):
         best = champion(base.tracking)
         with ray_session(verbose=verbose):
             version = _add(archive, root, terminal)
@@ -176,20 +173,3 @@ def _evaluate_champion(best: ModelVersion, config: RunConfig, weights: Path) -> 
         BUDGETS,
         get_backend("cpu", threads=config.parallel.threads),
     )
-
-
-@contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """Hold the dataset's lock; it is let go when the process ends, however it ends."""
-    lock = FileLock(root / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise RunError(
-            f"another retraining of {root} is under way (it holds {root / LOCK}); "
-            f"wait for it to end"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()

@@ -15,7 +15,7 @@ from pipelines.routing import routing_examples
 from pipelines.routing_examples import RoutingExamples
 
 REPORT = "report.html"
-ROUTING_BUDGETS = (0.2, 0.5, 0.7)
+ROUTING_BUDGETS = (0.3, 0.5, 0.7)
 EVALUATION_BUDGETS = (0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 
 

@@ -5,6 +5,7 @@ itself is in `train`, what happens on a worker in `worker`.
 """
 
 import dataclasses
+import hashlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -18,16 +19,18 @@ from cluster.session import ray_session
 from mone_core.models import ModelConfig
 from pipelines.checkpoint import newest_checkpoint, step_of
 from pipelines.config import CONFIG, RunConfig, differences, flatten, read_config, write_config
-from pipelines.data.manifest import read_manifest
+from pipelines.data.manifest import MANIFEST, read_manifest
 from pipelines.data.order import steps_per_epoch
 from pipelines.errors import DatasetError, RunError, RunFailedError
-from pipelines.files import read_json
-from pipelines.metrics import MetricRow, append_row, read_rows, rewind
+from pipelines.files import read_json, write_json
+from pipelines.metrics import METRICS, MetricRow, read_rows, rewind
 from pipelines.terminal import Terminal
 from pipelines.tracking import Tracker
 from pipelines.train import Outcome
 from pipelines.weights import MODEL_CONFIG
 from pipelines.worker import train_worker
+
+DATA = "data.json"
 
 # What may change between two starts of one run: none of it changes a single loss.
 _MAY_CHANGE = (
@@ -71,7 +74,6 @@ def run_training(
             if isinstance(message, Outcome):
                 outcomes.append(message)
                 return
-            append_row(config.out, message)
             tracker.log(message)
             if "loss" in message.values:
                 meter.update(message.step, config.train.steps, _note(message))
@@ -80,11 +82,7 @@ def run_training(
             run_on_workers(
                 train_worker,
                 {"config": config, "mailbox": mailbox},
-                Workers(
-                    count=config.parallel.num_workers,
-                    device=config.parallel.device,
-                    cpus=config.parallel.threads,
-                ),
+                workers_of(config),
                 storage=config.out / ".ray-train",
                 mailbox=mailbox,
                 on_message=on_message,
@@ -121,19 +119,29 @@ def resolve(config: RunConfig) -> RunConfig:
     )
 
 
-def open_run(config: RunConfig) -> int:
-    """Make a run's folder, or check that the one there is of the same run.
+def workers_of(config: RunConfig) -> Workers:
+    """The processes that a run asks a cluster for."""
+    parallel = config.parallel
+    return Workers(count=parallel.num_workers, device=parallel.device, cpus=parallel.threads)
+
+
+def check_run(config: RunConfig) -> int:
+    """Refuse a folder that this run cannot be made or continued in; make nothing.
 
     Returns:
-        Steps already done: 0 for a new run.
+        Steps already done: 0 for a new run, also for one that was killed before its first row.
 
     Raises:
-        RunError: The folder holds something else, or a run with other values.
+        RunError: The folder holds something else, a run with other values or of other data.
     """
     _check_start(config)
     if (config.out / CONFIG).is_file():
-        _check_same(read_config(config.out), config)
-        return steps_done(config.out)
+        done = steps_done(config.out)
+        if done or (config.out / METRICS).is_file():
+            _check_same(read_config(config.out), config)
+            if done < config.train.steps:
+                _check_data(config)
+        return done
     if config.out.exists():
         if not config.out.is_dir():
             raise RunError(f"{config.out} is a file; name a new folder with --out")
@@ -143,9 +151,34 @@ def open_run(config: RunConfig) -> int:
                 f"{config.out} holds something else ({others[0]}"
                 f"{', ...' if len(others) > 1 else ''}) and no run; name a new folder with --out"
             )
-    config.out.mkdir(parents=True, exist_ok=True)
-    write_config(config.out, config)
     return 0
+
+
+def open_run(config: RunConfig) -> int:
+    """Make a run's folder, or take up the one there; as `check_run` otherwise."""
+    done = check_run(config)
+    if not done and not (config.out / METRICS).is_file():
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_json(config.out / DATA, _data_digests(config))
+        write_config(config.out, config)
+    return done
+
+
+def _check_data(config: RunConfig) -> None:
+    """The order of samples is a function of the manifest: another one is another run."""
+    began = read_json(config.out / DATA, dict[str, str], otherwise=RunError)
+    changed = [part for part, digest in _data_digests(config).items() if began[part] != digest]
+    if changed:
+        raise RunError(
+            f"the data in {config.data.root / changed[0]} is not what {config.out} began with (its "
+            f"{MANIFEST} is another); give that data with --data.root, or start a new run with "
+            f"--out"
+        )
+
+
+def _data_digests(config: RunConfig) -> dict[str, str]:
+    manifests = {part: config.data.root / part / MANIFEST for part in ("train", "val")}
+    return {p: hashlib.sha256(path.read_bytes()).hexdigest() for p, path in manifests.items()}
 
 
 def _check_start(config: RunConfig) -> None:

@@ -20,15 +20,16 @@ from cluster.session import cluster_cpus, ray_session
 from pipelines.build import build_run
 from pipelines.config import RunConfig, to_yaml
 from pipelines.data.embedded import ensure_data
-from pipelines.errors import RunFailedError, UsageError
-from pipelines.metrics import MetricRow, append_row, read_rows, rewind
+from pipelines.errors import RunError, RunFailedError, UsageError
+from pipelines.metrics import read_rows, rewind
 from pipelines.report import ReportContent, write_report
 from pipelines.results import RESULTS, Results, read_results
 from pipelines.run_report import REPORT, evaluate_run
 from pipelines.runner import open_run, resolve, steps_done
 from pipelines.terminal import Terminal
-from pipelines.tracking import MlflowTracker, finish_parent, start_parent
+from pipelines.tracking import MlflowTracker, keep_parent
 from pipelines.train import train
+from pipelines.worker import FileReporter
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +66,12 @@ def run_sweep(
     with ray_session(verbose=verbose):
         _run_trials([config for config in trials if not _is_done(config)], base, terminal)
     results = tuple(read_results(config.out) for config in trials)
-    return SweepResult(results=results, report=_keep(base, trials, results))
+    report = _report(base, results)
+    try:
+        _tell_mlflow(base, trials, results, report)
+    except RunError as error:
+        terminal.say(f"warning: {error}; the sweep's own files are whole")
+    return SweepResult(results=results, report=report)
 
 
 def _trial_config(base: RunConfig, budget: float) -> RunConfig:
@@ -111,31 +117,18 @@ def _trial(params: dict[str, Any]) -> None:
     """Train and evaluate one budget in this process; runs inside a Ray Tune worker."""
     config: RunConfig = params["config"]
     backend = get_backend("cpu", threads=config.parallel.threads)
-    run = build_run(config, backend, _FileReporter(config.out))
+    rewind(config.out, steps_done(config.out))
+    run = build_run(config, backend, FileReporter(config.out))
     train(run)
     results = evaluate_run(config.out, config.train.budgets)
     ray.tune.report({"accuracy": results.settings[0].accuracy})
 
 
-class _FileReporter:
-    """Writes rows to the run's record; a trial has nobody else to tell."""
-
-    def __init__(self, run: Path) -> None:
-        self._run = run
-        rewind(run, steps_done(run))
-
-    def report(self, row: MetricRow) -> bool:
-        """Append the row; never asks to stop."""
-        append_row(self._run, row)
-        return False
-
-
-def _keep(base: RunConfig, trials: list[RunConfig], results: tuple[Results, ...]) -> Path:
-    """Write the common report and tell MLflow of the sweep and its trials."""
+def _report(base: RunConfig, results: tuple[Results, ...]) -> Path:
     report = base.out / REPORT
     content = ReportContent(
         title=f"{base.out.name}: one run per budget",
-        summary=(("Recipe", base.recipe), ("Trials", str(len(trials)))),
+        summary=(("Recipe", base.recipe), ("Trials", str(len(results)))),
         rows=(),
         results=results,
         routing=None,
@@ -143,11 +136,20 @@ def _keep(base: RunConfig, trials: list[RunConfig], results: tuple[Results, ...]
         config_yaml=to_yaml(base),
     )
     write_report(report, content)
-    parent = start_parent(base.tracking, base.out.name, {"mone.kind": "sweep"})
+    return report
+
+
+def _tell_mlflow(
+    base: RunConfig, trials: list[RunConfig], results: tuple[Results, ...], report: Path
+) -> None:
+    """A run for the sweep with the report, and one below it for each trial.
+
+    Raises:
+        RunError: MLflow is away.
+    """
+    parent = keep_parent(base.tracking, base.out.name, {"mone.kind": "sweep"}, [report])
     for config, result in zip(trials, results, strict=True):
         tracker = MlflowTracker(config, parent=parent)
         tracker.resume_after(read_rows(config.out))
         tracker.log_summary({"accuracy": result.settings[0].accuracy})
         tracker.finish()
-    finish_parent(base.tracking, parent, {"": report})
-    return report

@@ -233,13 +233,22 @@ def register(config: TrackingConfig, run_id: str, weights: Path) -> ModelVersion
     """Keep exported weights with their run and make them the next version of the model.
 
     The first version there is becomes the champion, for want of another.
+
+    Raises:
+        RegistryError: The registry is away or refuses the name.
     """
-    store = client(config)
-    store.log_artifacts(run_id, str(weights), "model")
-    if not store.search_registered_models(f"name = '{config.model}'"):
-        store.create_registered_model(config.model)
-    source = f"{store.get_run(run_id).info.artifact_uri}/model"
-    made = store.create_model_version(config.model, source, run_id)
+    try:
+        store = client(config)
+        store.log_artifacts(run_id, str(weights), "model")
+        if not store.search_registered_models(f"name = '{config.model}'"):
+            store.create_registered_model(config.model)
+        source = f"{store.get_run(run_id).info.artifact_uri}/model"
+        made = store.create_model_version(config.model, source, run_id)
+    except _AWAY as error:
+        raise RegistryError(
+            f"the registry at {config.uri} did not take model {config.model!r}: "
+            f"{_in_a_line(error)}; the run is whole, start the same command again to register it"
+        ) from error
     version = ModelVersion(
         name=config.model, version=int(made.version), run_id=run_id, source=source
     )
@@ -307,19 +316,23 @@ def fetch(config: TrackingConfig, version: ModelVersion, folder: Path) -> Path:
     return Path(found)
 
 
-def start_parent(config: TrackingConfig, name: str, tags: Mapping[str, str]) -> str:
-    """Make a run that others belong to (a sweep); gives its id."""
-    store = client(config)
-    run = store.create_run(experiment_id(store, config), run_name=name, tags=dict(tags))
+def keep_parent(
+    config: TrackingConfig, name: str, tags: Mapping[str, str], files: Sequence[Path]
+) -> str:
+    """Make a finished run that others belong to (a sweep), with files of its own; gives its id.
+
+    Raises:
+        RunError: MLflow is away.
+    """
+    try:
+        store = client(config)
+        run = store.create_run(experiment_id(store, config), run_name=name, tags=dict(tags))
+        for path in files:
+            store.log_artifact(run.info.run_id, str(path))
+        store.set_terminated(run.info.run_id, "FINISHED")
+    except _AWAY as error:
+        raise RunError(f"MLflow at {config.uri} does not answer: {_in_a_line(error)}") from error
     return str(run.info.run_id)
-
-
-def finish_parent(config: TrackingConfig, run_id: str, files: Mapping[str, Path]) -> None:
-    """Close such a run and keep files with it."""
-    store = client(config)
-    for folder, path in files.items():
-        store.log_artifact(run_id, str(path), folder or None)
-    store.set_terminated(run_id, "FINISHED")
 
 
 def local_folder(uri: str) -> Path | None:

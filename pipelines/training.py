@@ -1,20 +1,25 @@
 """One training as a user asks for it: data there, folder open, run, record closed, model kept."""
 
 import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.launch import check_resources
+from cluster.session import ray_session
 from mone_core.models import build_model
 from pipelines.checkpoint import checkpoint_of, load_weights, step_of
 from pipelines.config import RunConfig
 from pipelines.data.embedded import ensure_data
+from pipelines.locks import alone
 from pipelines.metrics import read_rows
-from pipelines.runner import open_run, resolve, run_training
+from pipelines.runner import check_run, open_run, resolve, run_training, workers_of
 from pipelines.terminal import Terminal
 from pipelines.tracking import MlflowTracker, ModelVersion, register, version_of
 from pipelines.train import Outcome
 from pipelines.weights import save_weights
 
+LOCK = ".driver.lock"
 EXIT_CODES = {Outcome.FINISHED: 0, Outcome.STOPPED: 3}
 
 
@@ -46,11 +51,29 @@ def train_run(config: RunConfig, terminal: Terminal, *, verbose: bool = False) -
     """
     ensure_data(config.data, terminal, verbose=verbose)
     config = resolve(config)
-    done = open_run(config)
+    finished = check_run(config) == config.train.steps
+    with nullcontext() if finished else ray_session(verbose=verbose):
+        if not finished:
+            check_resources(workers_of(config))
+        done = open_run(config)
+        with alone(config.out / LOCK, f"training of {config.out}"):
+            outcome, run_id = _trained(config, terminal, finished=finished, verbose=verbose)
+    version = None
+    if outcome is Outcome.FINISHED and run_id:
+        version = version_of(config.tracking, run_id) or keep_model(config, run_id)
+    return Trained(
+        config=config, outcome=outcome, version=version, summary=_line(config, outcome, done)
+    )
+
+
+def _trained(
+    config: RunConfig, terminal: Terminal, *, finished: bool, verbose: bool
+) -> tuple[Outcome, str | None]:
+    """Train, with MLflow told; its run when it has taken everything, else None."""
     tracker = MlflowTracker(config)
     status = "FAILED"
     try:
-        if done == config.train.steps:
+        if finished:
             tracker.resume_after(read_rows(config.out))
             outcome = Outcome.FINISHED
         else:
@@ -63,13 +86,7 @@ def train_run(config: RunConfig, terminal: Terminal, *, verbose: bool = False) -
                 f"warning: MLflow at {config.tracking.uri} did not take everything "
                 f"({tracker.problem}); the run's own record in {config.out} is whole"
             )
-    version = None
-    if outcome is Outcome.FINISHED and tracker.run_id and not tracker.problem:
-        known = version_of(config.tracking, tracker.run_id)
-        version = known or keep_model(config, tracker.run_id)
-    return Trained(
-        config=config, outcome=outcome, version=version, summary=_line(config, outcome, done)
-    )
+    return outcome, None if tracker.problem else tracker.run_id
 
 
 def keep_model(config: RunConfig, run_id: str) -> ModelVersion:

@@ -1,18 +1,15 @@
 """What runs on every training process that Ray Train starts: build, train, tell the driver."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from cluster.backends import get_backend
 from cluster.mailbox import Mailbox
 from pipelines.build import build_run
 from pipelines.config import RunConfig
-from pipelines.errors import RunError
-from pipelines.metrics import MetricRow
+from pipelines.locks import alone
+from pipelines.metrics import MetricRow, append_row
 from pipelines.train import train
 
 LOCK = ".training.lock"
@@ -29,34 +26,34 @@ def train_worker(argument: dict[str, Any]) -> None:
     config: RunConfig = argument["config"]
     mailbox: Mailbox = argument["mailbox"]
     backend = get_backend(config.parallel.device, threads=config.parallel.threads)
-    with _only_training(config.out) if backend.rank == 0 else nullcontext():
-        outcome = train(build_run(config, backend, MailboxReporter(mailbox)))
+    # Workers of a killed driver may live on for moments, and write: they are waited for.
+    lock = alone(config.out / LOCK, f"training of {config.out}", wait_s=LOCK_SECONDS)
+    with lock if backend.rank == 0 else nullcontext():
+        outcome = train(build_run(config, backend, MailboxReporter(config.out, mailbox)))
     if backend.rank == 0:
         mailbox.put(outcome)
 
 
-@contextmanager
-def _only_training(run: Path) -> Iterator[None]:
-    """Hold the run's lock, so that two trainings never write one run's checkpoints.
+class FileReporter:
+    """Writes metric rows to the run's own record, before any checkpoint that follows them."""
 
-    Workers of a killed driver may live on for moments; they are waited for.
-    """
-    try:
-        with FileLock(run / LOCK, timeout=LOCK_SECONDS):
-            yield
-    except Timeout as error:
-        raise RunError(
-            f"another training of {run} is under way (it holds {run / LOCK}); wait for its end, or "
-            f"name another folder with --out"
-        ) from error
+    def __init__(self, run: Path) -> None:
+        self._run = run
+
+    def report(self, row: MetricRow) -> bool:
+        """Append the row; never asks to stop."""
+        append_row(self._run, row)
+        return False
 
 
-class MailboxReporter:
-    """Hands metric rows to the driver."""
+class MailboxReporter(FileReporter):
+    """Also hands the rows to the driver."""
 
-    def __init__(self, mailbox: Mailbox) -> None:
+    def __init__(self, run: Path, mailbox: Mailbox) -> None:
+        super().__init__(run)
         self._mailbox = mailbox
 
     def report(self, row: MetricRow) -> bool:
-        """Put the row in the box; True when the driver asks to stop."""
+        """Append the row and put it in the box; True when the driver asks to stop."""
+        super().report(row)
         return self._mailbox.put(row)

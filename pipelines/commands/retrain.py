@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipelines.config import to_yaml
+from pipelines.errors import UsageError
 from pipelines.flags import add_run_arguments, run_config
 from pipelines.retrain import run_retraining
 from pipelines.terminal import Terminal
@@ -24,11 +25,15 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
         "--tolerance",
         type=float,
         default=0.0,
-        help="accuracy (0 to 1) that the challenger may lose at a budget (default 0)",
+        help="accuracy that the challenger may lose at a budget; below 0: must gain (default 0)",
     )
     parser.add_argument("--out", type=Path, help="folder (default runs/retrain_RECIPE)")
     add_run_arguments(parser)
     args, flags = parser.parse_known_args(arguments)
+    if not -1 <= args.tolerance <= 1:
+        raise UsageError(
+            f"--tolerance is a difference of accuracies, -1 to 1, got {args.tolerance}"
+        )
     config = run_config(
         args.recipe, args.config, flags, command="retrain", help_config=args.help_config
     )

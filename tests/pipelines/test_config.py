@@ -182,7 +182,7 @@ def test_a_value_that_cannot_be_is_refused_with_field_value_and_range(make, mess
 
 
 def test_several_problems_stand_in_one_message():
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match="optim: ") as caught:
         OptimConfig(learning_rate=-1.0, clip_norm=0.0, warmup_steps=-3)
 
     assert str(caught.value) == (

@@ -10,7 +10,8 @@ import torch
 from mone_core.models import build_model
 from pipelines.config import CONFIG, read_config
 from pipelines.errors import DatasetError, RunError
-from pipelines.runner import open_run, resolve
+from pipelines.metrics import MetricRow, append_row
+from pipelines.runner import DATA, open_run, resolve
 from pipelines.weights import save_weights
 from tests.pipelines import tiny
 
@@ -108,7 +109,28 @@ def test_a_new_run_gets_a_folder_with_its_configuration(config):
     assert open_run(config) == 0
 
     assert read_config(config.out) == config
-    assert [path.name for path in config.out.iterdir()] == [CONFIG]
+    assert sorted(path.name for path in config.out.iterdir()) == [CONFIG, DATA]
+
+
+def test_a_run_that_never_began_may_begin_with_other_values(config):
+    open_run(config)
+    other = replace(config, parallel=replace(config.parallel, num_workers=2))
+
+    assert open_run(other) == 0
+
+    assert read_config(config.out) == other
+
+
+def test_a_run_does_not_go_on_with_other_data(config, tmp_path):
+    open_run(config)
+    append_row(config.out, MetricRow(step=2, values={"loss": 1.0}))
+    data = shutil.copytree(config.data.root, tmp_path / "data")
+    manifest = data / "train" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"seed": 0', '"seed": 1'))
+    moved = replace(config, data=replace(config.data, root=data))
+
+    with pytest.raises(RunError, match=r"data in .*train is not what .* began with .*--data.root"):
+        open_run(moved)
 
 
 def test_an_empty_folder_will_do(config):

@@ -23,19 +23,13 @@ from pipelines.tracking import (
     client,
     fetch,
     find_champion,
-    finish_parent,
+    keep_parent,
     local_folder,
     promote,
     register,
-    start_parent,
     tag_version,
 )
 from tests.pipelines import tiny
-
-# MLflow's own, of its tables' declaration, whenever its SQL store is first loaded.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning"
-)
 
 ROWS = [
     MetricRow(step=2, values={"loss": 2.0, "grad_norm": 1.0}),
@@ -164,10 +158,11 @@ def test_files_and_the_numbers_of_a_whole_run_are_kept_with_it(config):
 
 
 def test_the_trials_of_a_sweep_belong_to_its_run(config):
-    parent = start_parent(config.tracking, "sweep", {"mone.kind": "sweep"})
+    report = config.out / "report.html"
+    report.write_text("all")
+
+    parent = keep_parent(config.tracking, "sweep", {"mone.kind": "sweep"}, [report])
     child = tracked(config, parent=parent)
-    (config.out / "report.html").write_text("all")
-    finish_parent(config.tracking, parent, {"": config.out / "report.html"})
 
     store = client(config.tracking)
     assert store.get_run(child).data.tags["mlflow.parentRunId"] == parent
@@ -176,6 +171,15 @@ def test_the_trials_of_a_sweep_belong_to_its_run(config):
 
 
 # A store that is away.
+
+
+def test_a_sweep_and_a_model_say_that_the_store_is_away(config, closed_port, tmp_path):
+    away = replace(config.tracking, uri=f"http://127.0.0.1:{closed_port}")
+
+    with pytest.raises(RunError, match=r"MLflow at http://127.*does not answer"):
+        keep_parent(away, "sweep", {}, [])
+    with pytest.raises(RegistryError, match=r"did not take model .*start the same command again"):
+        register(away, "run", tmp_path)
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def test_a_killed_run_gone_on_has_the_record_and_weights_of_the_unbroken_one(
 ):
     config = tiny.tiny_config(data, tmp_path / "run")
     killed = tiny.KilledReporter(stop_at=6)
-    with pytest.raises(tiny.Killed):
+    with pytest.raises(tiny.Killed, match="at step 6"):
         tiny.train_here(config, killed)
     for row in killed.rows:
         append_row(config.out, row)

@@ -17,10 +17,6 @@ from pipelines.training import train_run
 from pipelines.weights import load_weights, step_of_weights
 from tests.pipelines import tiny
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning"
-)
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):

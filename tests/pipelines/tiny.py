@@ -151,7 +151,7 @@ class KilledReporter(MemoryReporter):
     def report(self, row: MetricRow) -> bool:
         """Take the row, or die."""
         if super().report(row):
-            raise Killed
+            raise Killed(f"at step {row.step}")
         return False
 
 

@@ -99,7 +99,7 @@ def test_a_second_call_does_nothing(archives: Path) -> None:
 
 
 def test_other_parameters_are_refused(archives: Path) -> None:
-    with pytest.raises(ArchiveError, match=r"holds digits drawn with clutter 1\.0, now 0\.5; cho"):
+    with pytest.raises(ArchiveError, match=r"holds digits drawn with clutter 0\.4, now 0\.5; cho"):
         write_digit_archives(archives, copies_train=2, copies_val=1, clutter=0.5)
 
 
@@ -114,7 +114,7 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sizes", [(20, 40), (26, 18), (0, 18)])
 def test_sizes_that_do_not_fit_are_refused(tmp_path: Path, sizes: tuple[int, int]) -> None:
-    with pytest.raises(ArchiveError, match=r"do not fit a canvas of 32 pixels; give a smallest"):
+    with pytest.raises(ArchiveError, match=r"do not fit a canvas of 28 pixels; give a smallest"):
         write_digit_archives(tmp_path / "x", copies_train=1, copies_val=1, digit_sizes=sizes)
     assert list(tmp_path.iterdir()) == []
 
@@ -139,16 +139,12 @@ def test_a_digit_covers_well_under_two_thirds_of_its_canvas(
     assert share.max() < 0.6
 
 
-def test_ink_stands_out_from_paper_both_ways(
+def test_ink_is_darker_than_its_paper(
     drawn: tuple[npt.NDArray[np.uint8], npt.NDArray[np.floating]],
 ) -> None:
     luma = drawn[0] / 255 @ LUMA_C
-    signs = set()
     for i in range(len(luma)):
-        contrast = luma[i][drawn[1][i] > 0.9].mean() - luma[i][drawn[1][i] == 0].mean()
-        assert abs(contrast) > 0.2
-        signs.add(np.sign(contrast))
-    assert signs == {-1.0, 1.0}
+        assert luma[i][drawn[1][i] == 0].mean() - luma[i][drawn[1][i] > 0.9].mean() > 0.2
 
 
 def test_digits_stand_anywhere_on_the_canvas_and_never_leave_it() -> None:
