@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check format constraints clean
+.PHONY: demo test test-slow check format constraints clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mone demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/.installed-check
 	$(BIN)/ruff format --check .

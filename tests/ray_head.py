@@ -43,6 +43,8 @@ def running_head(folder: Path, *, cpus: int) -> Iterator[Head]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environment |= {
         "HOME": str(folder),
+        # Jobs run `python`: the one that has mone, as in an image made for the cluster.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
     }

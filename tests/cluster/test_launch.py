@@ -56,7 +56,7 @@ def run(function, tmp_path, *, workers=TWO, on_message=None):
     return messages
 
 
-def test_each_process_knows_its_rank_and_sums_reach_all_of_them(tmp_path):
+def test_each_process_knows_its_rank_sums_reach_all_and_nothing_stays_behind(tmp_path):
     messages = sorted(run(introduce, tmp_path))
 
     assert [(rank, world, sums) for rank, world, sums, _ in messages] == [
@@ -64,11 +64,6 @@ def test_each_process_knows_its_rank_and_sums_reach_all_of_them(tmp_path):
         (1, 2, [2.0, 1.0]),
     ]
     assert os.getpid() not in {process for *_, process in messages}
-
-
-def test_nothing_of_ray_train_stays_in_the_storage(tmp_path):
-    run(introduce, tmp_path)
-
     assert not (tmp_path / "ray").exists()
 
 

@@ -71,7 +71,7 @@ def test_the_run_and_its_report_are_in_mlflow(out):
     assert {"report.html", "results.json", "figures", "model"} <= files
     figures = {file.path for file in client.list_artifacts(run.info.run_id, "figures")}
     assert "figures/routing.png" in figures
-    assert client.get_model_version_by_alias("mone", "champion").version == "1"
+    assert int(client.get_model_version_by_alias("mone", "champion").version) == 1
 
 
 def test_the_terminal_speaks_to_a_person(demo):

@@ -9,9 +9,12 @@ from tests.journey.commands import SHORT
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "tiny-imagenet-synset-tars" / "train"
 
-pytestmark = pytest.mark.skipif(
-    not PHOTOS.is_dir(), reason=f"no photographs at {PHOTOS}; the demo on digits covers the way"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not PHOTOS.is_dir(), reason=f"no photographs at {PHOTOS}; the demo on digits covers the way"
+    ),
+]
 
 
 def test_the_demo_runs_on_an_archive_of_photographs(mone, tmp_path):

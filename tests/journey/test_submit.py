@@ -5,6 +5,8 @@ import pytest
 from tests.journey.commands import SHORT
 from tests.ray_head import running_head
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def job_server(tmp_path_factory):

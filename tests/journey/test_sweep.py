@@ -7,6 +7,8 @@ from mlflow import MlflowClient
 
 from tests.journey.commands import SHORT
 
+pytestmark = pytest.mark.slow
+
 BUDGETS = ("0.3", "0.5", "0.7")
 
 
