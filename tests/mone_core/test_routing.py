@@ -146,17 +146,6 @@ def test_the_router_is_a_linear_layer_and_a_softmax_over_experts():
     assert sum(parameter.numel() for parameter in router.parameters()) == 6 * 4 + 4
 
 
-def test_noise_is_added_to_the_scores_before_the_softmax():
-    router = Router(6, 4).double()
-    x = torch.randn(2, 5, 6, dtype=torch.float64)
-    noise = torch.randn(2, 5, 4, dtype=torch.float64)
-
-    assert torch.equal(router(x, torch.zeros_like(noise)), router(x))
-    torch.testing.assert_close(router(x, noise), (router.score(x) + noise).softmax(-1))
-    noise[:, 3, 2] = 1e3
-    assert (router(x, noise)[:, 3].argmax(-1) == 2).all()
-
-
 def test_a_half_precision_router_scores_in_float32():
     router = Router(6, 4).bfloat16()
 
