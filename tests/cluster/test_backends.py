@@ -88,4 +88,5 @@ def promise(rank, meeting):
 
 
 def test_two_processes_share_sums_first_weights_and_mean_gradients(tmp_path):
+    """What must hold is asserted in `promise`, on both; a process that fails raises here."""
     mp.spawn(promise, (tmp_path / "meeting",), nprocs=2)
