@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils import deterministic
 
 
 @pytest.fixture(autouse=True)
@@ -12,3 +13,14 @@ def _same_numbers_every_time():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def _dirty_memory():
+    """Every tensor that is made without a value starts as NaN."""
+    filled = deterministic.fill_uninitialized_memory
+    deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    deterministic.fill_uninitialized_memory = filled

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from torch.utils import deterministic
 from torch.utils.flop_counter import FlopCounterMode
 
 from mone_core.errors import CapacityError
@@ -195,17 +194,6 @@ def test_what_lies_past_a_tokens_width_is_never_read():
 
     assert out.isfinite().all()
     assert grad_weight.isfinite().all()
-
-
-@pytest.fixture
-def _dirty_memory():
-    """Every tensor that is made without a value starts as NaN."""
-    filled = deterministic.fill_uninitialized_memory
-    deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    deterministic.fill_uninitialized_memory = filled
 
 
 @pytest.mark.usefixtures("_dirty_memory")

@@ -135,7 +135,7 @@ def test_the_same_values_give_the_same_bytes():
 def test_a_name_is_drawn_literally_whatever_is_in_it(name):
     svg = budget_curve([results(name), results("other")])
 
-    ElementTree.fromstring(svg)
+    assert ElementTree.fromstring(svg).tag.endswith("svg")  # and so it is well-formed
 
 
 def test_characters_that_the_font_lacks_become_a_visible_box():

@@ -64,7 +64,9 @@ def test_few_or_many_budgets_fit_the_page(columns):
 
 @pytest.mark.parametrize("name", ["$x^{2$", "<b>", "日本", "n" * 200, ""])
 def test_class_names_are_drawn_literally(name):
-    pixels(routing_grid(examples(name=name, images=1)))
+    picture = pixels(routing_grid(examples(name=name, images=1)))
+
+    assert picture.shape == pixels(routing_grid(examples(name="cat", images=1))).shape
 
 
 def test_widths_are_named_as_people_say_them():

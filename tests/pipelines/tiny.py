@@ -5,17 +5,14 @@ starts gloo processes on the loopback interface.
 """
 
 import dataclasses
-import hashlib
 import io
 import os
-import tarfile
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -28,16 +25,9 @@ from mone_core.models import ModelConfig
 from pipelines.build import build_run
 from pipelines.checkpoint import checkpoint_of
 from pipelines.config import DataConfig, OptimConfig, RunConfig, TrainConfig, write_config
-from pipelines.data.manifest import (
-    FIELDS,
-    INDEX_SCHEMA,
-    Manifest,
-    ShardRecord,
-    write_index,
-    write_manifest,
-)
 from pipelines.metrics import MetricRow
 from pipelines.train import Outcome, Run, train
+from tests.dataset_folder import write_dataset
 
 COLOURS = ((220, 40, 40), (40, 200, 60), (50, 70, 230), (230, 220, 60))
 PIXELS = 16
@@ -52,30 +42,8 @@ def write_data(root: Path, *, train: int = 32, val: int = 10, classes: int = len
 
 def write_folder(folder: Path, samples: Sequence[int], *, classes: int = len(COLOURS)) -> None:
     """Write one finished dataset folder with a single shard; sample i is of class i % classes."""
-    folder.mkdir(parents=True)
-    shard = folder / "shard-000000.tar"
-    rows = _write_shard(shard, {i: (_square(i, i % classes), i % classes) for i in samples})
-    record = ShardRecord(
-        name=shard.name,
-        samples=len(samples),
-        bytes=shard.stat().st_size,
-        sha256=hashlib.sha256(shard.read_bytes()).hexdigest(),
-        version=1,
-    )
-    write_index(folder, pa.Table.from_pylist(rows, schema=INDEX_SCHEMA))
-    write_manifest(
-        folder,
-        Manifest(
-            version=1,
-            classes=tuple(f"n{k:08d}" for k in range(classes)),
-            sources=(),
-            seed=0,
-            samples=len(samples),
-            bytes=record.bytes,
-            shards=(record,),
-            skipped=(),
-        ),
-    )
+    squares = {i: (_square(i, i % classes), i % classes) for i in samples}
+    write_dataset(folder, squares, num_classes=classes, per_shard=len(squares))
 
 
 def _square(sample: int, label: int) -> bytes:
@@ -84,25 +52,6 @@ def _square(sample: int, label: int) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG")
     return file.getvalue()
-
-
-def _write_shard(path: Path, files: dict[int, tuple[bytes, int]]) -> list[dict[str, Any]]:
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for i, (data, label) in files.items():
-            for name, content in zip(FIELDS, (data, str(label).encode(), b"{}"), strict=True):
-                member = tarfile.TarInfo(f"key_{i}.{name}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    with tarfile.open(path) as tar:
-        members = {member.name: member for member in tar}
-    rows: list[dict[str, Any]] = []
-    for i, (_, label) in files.items():
-        row: dict[str, Any] = {"key": f"key_{i}", "shard": 0, "label": label}
-        for name in FIELDS:
-            member = members[f"key_{i}.{name}"]
-            row |= {f"{name}_offset": member.offset_data, f"{name}_size": member.size}
-        rows.append(row)
-    return rows
 
 
 def tiny_config(data: Path, out: Path, **changes: Any) -> RunConfig:

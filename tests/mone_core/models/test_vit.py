@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils import deterministic
 
 from mone_core.capacity import token_counts
 from mone_core.errors import CapacityError, MoneError
@@ -373,17 +372,6 @@ def test_positions_may_start_as_two_dimensional_sines():
 def test_one_alpha_for_the_model_when_asked():
     assert len(build_model(replace(TINY, alpha_per_layer=False)).alphas) == 1
     assert len(build_model(replace(TINY, alpha_per_layer=True)).alphas) == TINY.depth
-
-
-@pytest.fixture
-def _dirty_memory():
-    """Every tensor that is made without a value starts as NaN."""
-    filled = deterministic.fill_uninitialized_memory
-    deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    deterministic.fill_uninitialized_memory = filled
 
 
 @pytest.mark.usefixtures("_dirty_memory")
