@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mone_core.nested import Layout, nested_in, nested_out
+from mone_core.nested import Layout, nested_in, nested_mlp, nested_out
 
 Gelu = Literal["tanh", "erf"]
 
@@ -35,7 +35,9 @@ class NestedAttention(nn.Module):
         """Attend among `x` (normalised) and add the result to `residual`."""
         num_tokens, batch, dim = x_NBD.shape
         qkv = nested_in(x_NBD, self.qkv.weight, self.qkv.bias, layout)
-        q, k, v = qkv.view(num_tokens, batch, 3, self.heads, -1).permute(2, 1, 3, 0, 4).unbind(0)
+        # Taken apart where they lie, so that their gradients are put together in one copy.
+        parts = qkv.view(num_tokens, batch, 3, self.heads, -1).unbind(2)
+        q, k, v = (part_NBHd.permute(1, 2, 0, 3) for part_NBHd in parts)
         mixed_BHNd = F.scaled_dot_product_attention(q, k, v)
         mixed_NBD = mixed_BHNd.permute(2, 0, 1, 3).reshape(num_tokens, batch, dim)
         return nested_out(residual_NBD, mixed_NBD, self.out.weight, self.out.bias, layout)
@@ -51,12 +53,13 @@ class NestedMlp(nn.Module):
         self.down = _linear(hidden, dim)
 
     def forward(
-        self, residual_NBD: Tensor, x_NBD: Tensor, layout: Layout, gate_NB1: Tensor
+        self, residual_NBD: Tensor, x_NBD: Tensor, layout: Layout, gate_NB1: Tensor | None
     ) -> Tensor:
         """Transform `x` (normalised) and add the result, gated, to `residual`."""
-        h_NBF = nested_in(x_NBD, self.up.weight, self.up.bias, layout)
-        h_NBF = F.gelu(h_NBF, approximate=self.approximate)
-        return nested_out(residual_NBD, h_NBF, self.down.weight, self.down.bias, layout, gate_NB1)
+        weights = (self.up.weight, self.up.bias, self.down.weight, self.down.bias)
+        return nested_mlp(
+            residual_NBD, x_NBD, *weights, layout, gate_NB1, approximate=self.approximate
+        )
 
 
 class NestedBlock(nn.Module):
@@ -69,11 +72,11 @@ class NestedBlock(nn.Module):
         self.mlp_norm = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = NestedMlp(dim, hidden, gelu)
 
-    def forward(self, x_NBD: Tensor, layout: Layout, gate_NB1: Tensor) -> Tensor:
+    def forward(self, x_NBD: Tensor, layout: Layout, gate_NB1: Tensor | None = None) -> Tensor:
         """One layer: `NBD` in, `NBD` out.
 
         Args:
-            gate_NB1: Factor on the MLP branch of each token, `alpha * r + 1` (eq. 1).
+            gate_NB1: Factor on the MLP branch of each token, `alpha * r + 1` (eq. 1); None is 1.
         """
         x_NBD = self.attention(x_NBD, self.attention_norm(x_NBD), layout)
         out_NBD: Tensor = self.mlp(x_NBD, self.mlp_norm(x_NBD), layout, gate_NB1)

@@ -56,8 +56,8 @@ def capacity_distribution(
     Raises:
         CapacityError: The budget is out of reach, or a parameter is outside its range.
     """
-    _check_widths(widths)
-    _check_reachable(effective_capacity, widths)
+    check_widths(widths)
+    check_reachable(effective_capacity, widths)
     if not (delta > 1 and beta > 0):
         raise CapacityError(f"delta must be above 1 and beta above 0, got {delta=} and {beta=}")
     if form not in get_args(Form):
@@ -124,7 +124,8 @@ def _mean_width(shares: Sequence[float], widths: Sequence[float]) -> float:
     return sum(share * width for share, width in zip(shares, widths, strict=True))
 
 
-def _check_widths(widths: Sequence[float]) -> None:
+def check_widths(widths: Sequence[float]) -> None:
+    """Refuse widths that do not rise to 1."""
     rising = list(widths) == sorted(set(widths))
     if not widths or not rising or widths[0] <= 0 or widths[-1] != 1.0:
         raise CapacityError(
@@ -132,7 +133,8 @@ def _check_widths(widths: Sequence[float]) -> None:
         )
 
 
-def _check_reachable(effective_capacity: float, widths: Sequence[float]) -> None:
+def check_reachable(effective_capacity: float, widths: Sequence[float]) -> None:
+    """Refuse a budget outside of the narrowest and the full width."""
     if not widths[0] <= effective_capacity <= widths[-1]:
         raise CapacityError(
             f"effective capacity {effective_capacity} is out of reach: with widths "

@@ -17,3 +17,66 @@ def softmax_loss(logits_BK: Tensor, labels_B: Tensor, *, label_smoothing: float 
     return F.cross_entropy(
         logits_BK.to(at_least_float32), labels_B, label_smoothing=label_smoothing, reduction="none"
     )
+
+
+def importance_loss(probs_GSE: Tensor) -> Tensor:
+    """How unevenly probability is spread over experts: squared coefficient of variation.
+
+    Args:
+        probs_GSE: Router probabilities without noise; G groups of S tokens, E experts.
+
+    Returns:
+        Mean over groups, 0 when every expert gets the same.
+
+    Source: arXiv 2106.05974, appendix on auxiliary losses.
+    """
+    return _squared_variation(probs_GSE.sum(dim=1)).mean()
+
+
+def load_loss(logits_GSE: Tensor, noisy_GSE: Tensor, k: int, noise_std: float) -> Tensor:
+    """How unevenly tokens would choose experts if the noise were drawn again.
+
+    An expert's load is the expected number of tokens that have it among their best k: the
+    chance that a fresh draw of its own noise lifts it over the k-th largest noisy logit.
+
+    Args:
+        logits_GSE: Router logits without noise.
+        noisy_GSE: The logits that the choice was made from.
+        k: Choices of a token.
+        noise_std: Standard deviation of the noise, above 0.
+
+    Returns:
+        Squared coefficient of variation of the load, mean over groups. Gradient flows
+        through the threshold too.
+
+    Source: arXiv 2106.05974, appendix on auxiliary losses.
+    """
+    at_k_GS1 = noisy_GSE.detach().topk(k, dim=2).indices[..., -1:]
+    threshold_GS1 = noisy_GSE.gather(2, at_k_GS1)
+    chance_GSE = torch.special.ndtr((logits_GSE - threshold_GS1) / noise_std)
+    return _squared_variation(chance_GSE.mean(dim=1)).mean()
+
+
+def gshard_loss(probs_GSE: Tensor) -> Tensor:
+    """Share of tokens whose favourite an expert is, times its mean probability; 1 at balance.
+
+    Source: arXiv 2006.16668, section 2.2, scaled by the number of experts.
+    """
+    num_experts = probs_GSE.shape[2]
+    favourite_GSE = F.one_hot(probs_GSE.argmax(dim=2), num_experts).to(probs_GSE.dtype)
+    balance_GE = favourite_GSE.mean(dim=1) * probs_GSE.mean(dim=1)
+    return num_experts**2 * balance_GE.mean()
+
+
+def router_z_loss(logits_GSE: Tensor) -> Tensor:
+    """Mean squared log-sum-exp of router logits: keeps them small.
+
+    Source: arXiv 2202.08906, eq. 5.
+    """
+    return logits_GSE.logsumexp(dim=2).square().mean()
+
+
+def _squared_variation(amount_GE: Tensor) -> Tensor:
+    """(standard deviation / mean)^2 over experts, population form."""
+    mean_G = amount_GE.mean(dim=1)
+    return amount_GE.var(dim=1, correction=0) / mean_G.square()

@@ -7,7 +7,8 @@ which width is decided elsewhere (`routing`), and how the layers make a block in
 
 Two layers make the whole: `nested_in` reads the first d features of a token and writes
 all outputs; `nested_out` reads all inputs, writes the first d features and adds them to the
-residual stream, whose other features stay as they were.
+residual stream, whose other features stay as they were. `nested_mlp` is one after the other
+with GELU between. How a single product is computed is in `gemm`.
 
 Axes: N tokens sorted by width, B images, D model width, F hidden width, R = N * B rows.
 
@@ -18,7 +19,7 @@ the tokens at least `high` wide. Either way each element of a result is written 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from mone_core.errors import CapacityError
+from mone_core.gemm import gelu, gelu_grad, linear, linear_grad_input, linear_grad_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,11 @@ class Layout:
             low = segment.dim
         return cls(dim=dims[-1], segments=tuple(segments), bands=tuple(bands))
 
+    @property
+    def reach(self) -> int:
+        """Width of the widest class present."""
+        return self.segments[0].dim
+
 
 def nested_in(x_NBD: Tensor, weight_FD: Tensor, bias_F: Tensor, layout: Layout) -> Tensor:
     """Each token's first d features -> all F outputs: `x[:d] @ weight[:, :d].T + bias`.
@@ -92,7 +99,8 @@ def nested_in(x_NBD: Tensor, weight_FD: Tensor, bias_F: Tensor, layout: Layout) 
 
     Source: arXiv 2407.19985, eq. 5 to 7 (in-projections of attention and MLP).
     """
-    out: Tensor = _NestedIn.apply(x_NBD, weight_FD, bias_F, layout)  # type: ignore[no-untyped-call]
+    operands = _as_autocast(x_NBD, weight_FD, bias_F)
+    out: Tensor = _NestedIn.apply(*operands, layout)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -113,14 +121,105 @@ def nested_out(
         gate_NB1: One factor per token; None is 1.
 
     Returns:
-        `NBD`, contiguous, a new tensor.
+        `NBD`, contiguous, a new tensor, of the residual's dtype.
 
     Source: arXiv 2407.19985, eq. 1 (gate) and 5 to 7 (out-projections).
     """
+    operands = _as_autocast(h_NBF, weight_DF, bias_D)
     out: Tensor = _NestedOut.apply(  # type: ignore[no-untyped-call]
-        residual_NBD, h_NBF, weight_DF, bias_D, gate_NB1, layout
+        residual_NBD, gate_NB1, *operands, layout
     )
     return out
+
+
+def nested_mlp(
+    residual_NBD: Tensor,
+    x_NBD: Tensor,
+    up_FD: Tensor,
+    up_bias_F: Tensor,
+    down_DF: Tensor,
+    down_bias_D: Tensor,
+    layout: Layout,
+    gate_NB1: Tensor | None = None,
+    *,
+    approximate: str = "tanh",
+) -> Tensor:
+    """`nested_out` of the GELU of `nested_in`, one width class at a time.
+
+    A class's hidden layer is still in the cache when its GELU and its way out come. Without
+    gradients no more than one class of it exists at any time.
+
+    Args:
+        approximate: Of GELU, as in torch: "tanh", or "none" for the erf form.
+
+    Returns:
+        `NBD`, contiguous, a new tensor, of the residual's dtype.
+    """
+    operands = _as_autocast(x_NBD, up_FD, up_bias_F, down_DF, down_bias_D)
+    inputs = (residual_NBD, gate_NB1, *operands)
+    learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    out: Tensor = _NestedMlp.apply(  # type: ignore[no-untyped-call]
+        *inputs, layout, approximate, learning
+    )
+    return out
+
+
+class MlpWeights(NamedTuple):
+    """Weights of a two-layer perceptron, or their gradients."""
+
+    up_FD: Tensor
+    up_bias_F: Tensor
+    down_DF: Tensor
+    down_bias_D: Tensor
+
+    def prefix(self, dim: int) -> "MlpWeights":
+        """Views of what tokens of the first `dim` features use."""
+        return MlpWeights(
+            self.up_FD[:, :dim], self.up_bias_F, self.down_DF[:dim], self.down_bias_D[:dim]
+        )
+
+    def empty_gradients(self, reach: int) -> "MlpWeights":
+        """Room for gradients: the widest class writes all up to `reach`; zero from there on."""
+        up_FD, down_DF = _zero_past(self.up_FD, reach, 1), _zero_past(self.down_DF, reach, 0)
+        down_bias_D = _zero_past(self.down_bias_D, reach, 0)
+        return MlpWeights(up_FD, torch.empty_like(self.up_bias_F), down_DF, down_bias_D)
+
+
+class KeptRows(NamedTuple):
+    """What the backward pass of a perceptron needs of one block of rows."""
+
+    slope_rF: Tensor  # of GELU, or whatever else `gelu_grad` takes
+    act_rF: Tensor
+
+
+def mlp_rows(
+    x_rd: Tensor, weights: MlpWeights, approximate: str, *, learning: bool
+) -> tuple[Tensor, KeptRows]:
+    """A perceptron on one block of rows of one width; what is kept is void unless learning."""
+    h_rF = linear(x_rd, weights.up_FD, weights.up_bias_F)
+    act_rF = torch.empty_like(h_rF) if learning else h_rF
+    gelu(h_rF, approximate, out=act_rF)
+    return linear(act_rF, weights.down_DF, weights.down_bias_D), KeptRows(h_rF, act_rF)
+
+
+def mlp_rows_backward(
+    grad_rd: Tensor,
+    x_rd: Tensor,
+    kept: KeptRows,
+    weights: MlpWeights,
+    approximate: str,
+    *,
+    grad_weights: MlpWeights,
+    accumulate: bool,
+    grad_x_rd: Tensor,
+) -> None:
+    """Write the gradient of `x`, and write or add the gradients of the weights."""
+    w, g = weights, grad_weights
+    linear_grad_parameters(grad_rd, kept.act_rF, g.down_DF, g.down_bias_D, accumulate=accumulate)
+    grad_rF = linear_grad_input(grad_rd, w.down_DF)
+    gelu_grad(grad_rF, kept.slope_rF, approximate, out=grad_rF)
+    linear_grad_parameters(grad_rF, x_rd, g.up_FD, g.up_bias_F, accumulate=accumulate)
+    linear_grad_input(grad_rF, w.up_FD, out=grad_x_rd)
 
 
 class _NestedIn(Function):
@@ -131,28 +230,28 @@ class _NestedIn(Function):
         ctx.save_for_backward(x_NBD, weight_FD)
         ctx.layout = layout
         num_tokens, batch, _ = x_NBD.shape
-        x_RD = x_NBD.reshape(num_tokens * batch, -1)
+        x_RD = _rows(x_NBD)
         out_RF = x_RD.new_empty(x_RD.shape[0], weight_FD.shape[0])
         for rows, dim in _row_blocks(layout, batch):
-            torch.addmm(bias_F, x_RD[rows, :dim], weight_FD[:, :dim].t(), out=out_RF[rows])
+            linear(x_RD[rows, :dim], weight_FD[:, :dim], bias_F, out=out_RF[rows])
         return out_RF.view(num_tokens, batch, -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_NBF: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_NBF: Tensor) -> tuple[Tensor | None, ...]:
         x_NBD, weight_FD = ctx.saved_tensors
-        num_tokens, batch, width = x_NBD.shape
-        x_RD = x_NBD.reshape(num_tokens * batch, width)
-        grad_RF = grad_NBF.reshape(num_tokens * batch, -1)
+        x_RD, grad_RF = _rows(x_NBD), _rows(grad_NBF)
         grad_x_RD = torch.empty_like(x_RD)
-        for rows, dim in _row_blocks(ctx.layout, batch):
-            torch.mm(grad_RF[rows], weight_FD[:, :dim], out=grad_x_RD[rows, :dim])
+        grad_FD = _zero_past(weight_FD, ctx.layout.reach, 1)
+        grad_F = grad_RF.new_empty(grad_RF.shape[1])
+        for rows, dim in _row_blocks(ctx.layout, x_NBD.shape[1]):
+            grad_rF, x_rd = grad_RF[rows], x_RD[rows, :dim]
+            linear_grad_parameters(
+                grad_rF, x_rd, grad_FD[:, :dim], grad_F, accumulate=rows.start > 0
+            )
+            linear_grad_input(grad_rF, weight_FD[:, :dim], out=grad_x_RD[rows, :dim])
             grad_x_RD[rows, dim:].zero_()
-        grad_weight_FD = _empty_past_bands(weight_FD, ctx.layout, dim=1)
-        for band in ctx.layout.bands:
-            rows, columns = slice(band.tokens * batch), slice(band.low, band.high)
-            torch.mm(grad_RF[rows].t(), x_RD[rows, columns], out=grad_weight_FD[:, columns])
-        return grad_x_RD.view_as(x_NBD), grad_weight_FD, grad_RF.sum(0), None
+        return grad_x_RD.view(x_NBD.shape), grad_FD, grad_F, None
 
 
 class _NestedOut(Function):
@@ -160,49 +259,143 @@ class _NestedOut(Function):
     def forward(
         ctx: Any,
         residual_NBD: Tensor,
+        gate_NB1: Tensor | None,
         h_NBF: Tensor,
         weight_DF: Tensor,
         bias_D: Tensor,
-        gate_NB1: Tensor | None,
         layout: Layout,
     ) -> Tensor:
-        num_tokens, batch, width = residual_NBD.shape
-        h_RF = h_NBF.reshape(num_tokens * batch, -1)
-        gate_R1 = None if gate_NB1 is None else gate_NB1.reshape(-1, 1)
-        out_RD = residual_NBD.reshape(-1, width).clone()
-        branches = []  # each class's branch before the gate: the gate's gradient needs it
-        for rows, dim in _row_blocks(layout, batch):
-            branch = torch.addmm(bias_D[:dim], h_RF[rows], weight_DF[:dim].t())
-            if gate_R1 is None:
-                out_RD[rows, :dim].add_(branch)
-            else:
-                out_RD[rows, :dim].addcmul_(branch, gate_R1[rows])
-                branches.append(branch)
-        ctx.save_for_backward(h_NBF, weight_DF, gate_NB1, *branches)
+        h_RF = _rows(h_NBF)
+        stream = _Stream(residual_NBD, gate_NB1)
+        for rows, dim in _row_blocks(layout, h_NBF.shape[1]):
+            stream.add(rows, linear(h_RF[rows], weight_DF[:dim], bias_D[:dim]))
+        ctx.save_for_backward(gate_NB1, h_NBF, weight_DF, *stream.branches)
         ctx.layout = layout
-        return out_RD.view(num_tokens, batch, width)
+        return stream.out_RD.view(residual_NBD.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NBD: Tensor) -> tuple[Tensor | None, ...]:
-        h_NBF, weight_DF, gate_NB1, *branches = ctx.saved_tensors
-        num_tokens, batch, width = grad_NBD.shape
-        h_RF = h_NBF.reshape(num_tokens * batch, -1)
-        grad_RD = grad_NBD.reshape(-1, width)
-        grad_gate = None
-        if gate_NB1 is not None:
-            grad_gate = _gate_gradient(grad_RD, branches, ctx.layout, batch).view_as(gate_NB1)
-            grad_RD = grad_RD * gate_NB1.reshape(-1, 1)
+        gate_NB1, h_NBF, weight_DF, *branches = ctx.saved_tensors
+        h_RF = _rows(h_NBF)
+        stream = _StreamGradient(grad_NBD, gate_NB1, branches)
         grad_h_RF = torch.empty_like(h_RF)
-        for rows, dim in _row_blocks(ctx.layout, batch):
-            torch.mm(grad_RD[rows, :dim], weight_DF[:dim], out=grad_h_RF[rows])
-        grad_weight_DF = _empty_past_bands(weight_DF, ctx.layout, dim=0)
-        grad_bias_D = _empty_past_bands(weight_DF[:, 0], ctx.layout, dim=0)
-        for band in ctx.layout.bands:
-            rows, columns = slice(band.tokens * batch), slice(band.low, band.high)
-            torch.mm(grad_RD[rows, columns].t(), h_RF[rows], out=grad_weight_DF[columns])
-            torch.sum(grad_RD[rows, columns], dim=0, out=grad_bias_D[columns])
-        return grad_NBD, grad_h_RF.view_as(h_NBF), grad_weight_DF, grad_bias_D, grad_gate, None
+        grad_DF = _zero_past(weight_DF, ctx.layout.reach, 0)
+        grad_D = _zero_past(weight_DF[:, 0], ctx.layout.reach, 0)
+        for rows, dim in _row_blocks(ctx.layout, h_NBF.shape[1]):
+            grad_rd = stream.of_branch(rows, dim, h_RF.dtype)
+            linear_grad_parameters(
+                grad_rd, h_RF[rows], grad_DF[:dim], grad_D[:dim], accumulate=rows.start > 0
+            )
+            linear_grad_input(grad_rd, weight_DF[:dim], out=grad_h_RF[rows])
+        return grad_NBD, stream.of_gate(), grad_h_RF.view(h_NBF.shape), grad_DF, grad_D, None
+
+
+class _NestedMlp(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        residual_NBD: Tensor,
+        gate_NB1: Tensor | None,
+        x_NBD: Tensor,
+        up_FD: Tensor,
+        up_bias_F: Tensor,
+        down_DF: Tensor,
+        down_bias_D: Tensor,
+        layout: Layout,
+        approximate: str,
+        learning: bool,
+    ) -> Tensor:
+        weights = MlpWeights(up_FD, up_bias_F, down_DF, down_bias_D)
+        x_RD = _rows(x_NBD)
+        stream = _Stream(residual_NBD, gate_NB1)
+        kept: list[Tensor] = []
+        for rows, dim in _row_blocks(layout, x_NBD.shape[1]):
+            of_dim = weights.prefix(dim)
+            branch_rd, keep = mlp_rows(x_RD[rows, :dim], of_dim, approximate, learning=learning)
+            stream.add(rows, branch_rd)
+            kept.extend(keep if learning else ())
+        if learning:
+            ctx.save_for_backward(gate_NB1, x_NBD, *weights, *kept, *stream.branches)
+        ctx.layout, ctx.approximate = layout, approximate
+        return stream.out_RD.view(residual_NBD.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NBD: Tensor) -> tuple[Tensor | None, ...]:
+        gate_NB1, x_NBD, *saved = ctx.saved_tensors
+        weights, kept = MlpWeights(*saved[:4]), saved[4 : 4 + 2 * len(ctx.layout.segments)]
+        stream = _StreamGradient(grad_NBD, gate_NB1, saved[4 + len(kept) :])
+        x_RD = _rows(x_NBD)
+        grad_x_RD = torch.empty_like(x_RD)
+        grad_weights = weights.empty_gradients(ctx.layout.reach)
+        for index, (rows, dim) in enumerate(_row_blocks(ctx.layout, x_NBD.shape[1])):
+            mlp_rows_backward(
+                stream.of_branch(rows, dim, x_RD.dtype),
+                x_RD[rows, :dim],
+                KeptRows(*kept[2 * index : 2 * index + 2]),
+                weights.prefix(dim),
+                ctx.approximate,
+                grad_weights=grad_weights.prefix(dim),
+                accumulate=index > 0,
+                grad_x_rd=grad_x_RD[rows, :dim],
+            )
+            grad_x_RD[rows, dim:].zero_()
+        grad_x_NBD = grad_x_RD.view(x_NBD.shape)
+        return grad_NBD, stream.of_gate(), grad_x_NBD, *grad_weights, None, None, None
+
+
+class _Stream:
+    """The residual stream, to which width classes add their branches, each through its gate."""
+
+    def __init__(self, residual_NBD: Tensor, gate_NB1: Tensor | None) -> None:
+        self.residual_RD = _rows(residual_NBD)
+        self.gate_R1 = None if gate_NB1 is None else _rows(gate_NB1)
+        self.out_RD = torch.empty_like(self.residual_RD)
+        self.branches: list[Tensor] = []  # as they were before the gate: its gradient needs them
+
+    def add(self, rows: slice, branch_rd: Tensor) -> None:
+        """Add one class's branch; features past its width are the residual's own."""
+        dim = branch_rd.shape[1]
+        residual_rD, out_rD = self.residual_RD[rows], self.out_RD[rows]
+        if self.gate_R1 is None:
+            torch.add(residual_rD[:, :dim], branch_rd, out=out_rD[:, :dim])
+        else:
+            gate_r1 = self.gate_R1[rows]
+            torch.addcmul(residual_rD[:, :dim], branch_rd, gate_r1, out=out_rD[:, :dim])
+            self.branches.append(branch_rd)
+        out_rD[:, dim:].copy_(residual_rD[:, dim:])
+
+
+class _StreamGradient:
+    """The gradient of `_Stream`, taken apart class by class, widest first."""
+
+    def __init__(
+        self, grad_NBD: Tensor, gate_NB1: Tensor | None, branches: Sequence[Tensor]
+    ) -> None:
+        self.grad_RD = _rows(grad_NBD)
+        self.gate = gate_NB1
+        self.branches = iter(branches)
+        self.grads_of_gate: list[Tensor] = []
+
+    def of_branch(self, rows: slice, dim: int, dtype: torch.dtype) -> Tensor:
+        """Gradient of the branch of the next class."""
+        grad_rd = self.grad_RD[rows, :dim]
+        if self.gate is not None:
+            self.grads_of_gate.append((grad_rd * next(self.branches)).sum(1))
+            grad_rd = grad_rd * _rows(self.gate)[rows]
+        return grad_rd.to(dtype)
+
+    def of_gate(self) -> Tensor | None:
+        """Gradient of the gate, once all classes are through."""
+        if self.gate is None:
+            return None
+        return torch.cat(self.grads_of_gate).view(self.gate.shape).to(self.gate.dtype)
+
+
+def _rows(t_NBX: Tensor) -> Tensor:
+    """`NBX` as a matrix of N * B rows, without a copy where memory allows."""
+    return t_NBX.reshape(-1, t_NBX.shape[-1])
 
 
 def _row_blocks(layout: Layout, batch: int) -> list[tuple[slice, int]]:
@@ -210,19 +403,21 @@ def _row_blocks(layout: Layout, batch: int) -> list[tuple[slice, int]]:
     return [(slice(s.start * batch, s.stop * batch), s.dim) for s in layout.segments]
 
 
-def _empty_past_bands(weight: Tensor, layout: Layout, *, dim: int) -> Tensor:
-    """Room for a weight's gradient: bands write the rest, zero past the widest class present."""
+def _zero_past(weight: Tensor, reach: int, dim: int) -> Tensor:
+    """Room for a weight's gradient, zero past the widest class present."""
     grad = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    unused = layout.dim - layout.bands[-1].high
-    grad.narrow(dim, layout.dim - unused, unused).zero_()
+    grad.narrow(dim, reach, weight.shape[dim] - reach).zero_()
     return grad
 
 
-def _gate_gradient(
-    grad_RD: Tensor, branches: Sequence[Tensor], layout: Layout, batch: int
-) -> Tensor:
-    """Gradient of each token's gate: its branch times the gradient of its output."""
-    grad_gate_R = grad_RD.new_empty(grad_RD.shape[0])
-    for (rows, dim), branch in zip(_row_blocks(layout, batch), branches, strict=True):
-        torch.sum(grad_RD[rows, :dim] * branch, dim=1, out=grad_gate_R[rows])
-    return grad_gate_R
+def _as_autocast(*operands: Tensor) -> tuple[Tensor, ...]:
+    """Operands of a product in the dtype that autocast asks for, where it is on.
+
+    Autocast casts the operands of torch's own layers and does not know these. What it leaves
+    alone is left alone here: the residual stream, and float64.
+    """
+    device = operands[0].device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return operands
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in operands)

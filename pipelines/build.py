@@ -3,7 +3,7 @@
 import torch
 
 from cluster.backends import Backend
-from mone_core.models import NestedViT, build_model
+from mone_core.models import ViT, build_model
 from pipelines.checkpoint import Checkpoints
 from pipelines.config import RunConfig
 from pipelines.data.order import Position
@@ -31,7 +31,7 @@ def build_run(config: RunConfig, backend: Backend, reporter: Reporter) -> Run:
     )
 
 
-def initial_model(config: RunConfig) -> NestedViT:
+def initial_model(config: RunConfig) -> ViT:
     """The weights that training begins with: those of `train.start_from`, or fresh ones."""
     if config.train.start_from is not None:
         return load_weights(config.train.start_from)

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import AdamW
 
 from cluster.backends import Backend
-from mone_core.models import NestedViT
+from mone_core.models import ViT
 from pipelines.config import CONFIG, RunConfig, differences, read_config, write_config
 from pipelines.data.order import Position
 from pipelines.errors import RunError
@@ -173,7 +173,7 @@ def checkpoint_of(run: Path) -> Path:
     return found
 
 
-def load_weights(checkpoint: Path, model: NestedViT) -> None:
+def load_weights(checkpoint: Path, model: ViT) -> None:
     """Load a checkpoint's weights into a model of the same configuration.
 
     Raises:

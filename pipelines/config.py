@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Literal
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from mone_core.capacity import capacity_distribution
 from mone_core.errors import CapacityError, ConfigError
 from mone_core.models import ModelConfig
 from pipelines.errors import RunError, UsageError, unknown_name
@@ -211,7 +210,7 @@ class RunConfig:
         for name in ("budgets", "eval_budgets"):
             for budget in getattr(self.train, name):
                 try:
-                    capacity_distribution(budget, self.model.widths)
+                    self.model.nesting.capacity(budget)
                 except CapacityError as error:
                     problems.append(f"train.{name}: {error}")
         _raise_if_any("run", problems)

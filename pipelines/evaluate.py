@@ -14,7 +14,7 @@ import torch
 
 from cluster.backends import Backend
 from mone_core.losses import softmax_loss
-from mone_core.models import NestedViT
+from mone_core.models import ViT
 from pipelines.config import RunConfig
 from pipelines.data.batch import model_input
 from pipelines.data.stream import EvalStream
@@ -36,12 +36,14 @@ class Score:
 
 @torch.no_grad()
 def score(
-    model: NestedViT, stream: EvalStream, budgets: Sequence[float], backend: Backend
+    model: ViT, stream: EvalStream, budgets: Sequence[float], backend: Backend
 ) -> dict[float, Score]:
     """Count right answers on every sample of a stream, at each budget.
 
     Every image is decoded once for all budgets. All ranks must call it; all get the same.
     """
+    training = model.training
+    model.eval()
     sums = torch.zeros(len(budgets), 3, dtype=torch.float64, device=backend.device)
     for batch in stream:
         batch = batch.to(backend.device)
@@ -56,6 +58,7 @@ def score(
             right_B = (logits_BK.argmax(dim=1) == labels_B) & valid_B
             loss_B = softmax_loss(logits_BK, labels_B) * valid_B
             sums[row] += torch.stack([right_B.sum(), loss_B.sum(), valid_B.sum()])
+    model.train(training)
     totals = backend.sum_over_ranks(sums).tolist()
     return {
         budget: Score(accuracy=right / count, loss=loss / count, samples=int(count))
@@ -70,7 +73,7 @@ def latency_batch(image_size: int) -> int:
 
 
 @torch.no_grad()
-def latencies(model: NestedViT, budgets: Sequence[float], backend: Backend) -> dict[float, float]:
+def latencies(model: ViT, budgets: Sequence[float], backend: Backend) -> dict[float, float]:
     """Median milliseconds of one forward pass of `latency_batch` images, per budget."""
     size = model.config.image_size
     images = torch.zeros(latency_batch(size), 3, size, size, device=backend.device)
@@ -91,7 +94,7 @@ def latencies(model: NestedViT, budgets: Sequence[float], backend: Backend) -> d
 def evaluate(
     name: str,
     step: int,
-    model: NestedViT,
+    model: ViT,
     stream: EvalStream,
     budgets: Sequence[float],
     backend: Backend,
@@ -141,7 +144,7 @@ def validation_stream(
     )
 
 
-def _setting(model: NestedViT, budget: float, found: Score, latency_ms: float) -> Setting:
+def _setting(model: ViT, budget: float, found: Score, latency_ms: float) -> Setting:
     model.set_effective_capacity(budget)
     timed_batch = latency_batch(model.config.image_size)
     return Setting(

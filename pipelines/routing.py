@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from mone_core.models import NestedViT
+from mone_core.models import ViT
 from pipelines.data.batch import model_input
 from pipelines.data.stream import EvalStream
 from pipelines.routing_examples import RoutingExamples
@@ -13,7 +13,7 @@ from pipelines.routing_examples import RoutingExamples
 
 @torch.no_grad()
 def routing_examples(
-    model: NestedViT,
+    model: ViT,
     stream: EvalStream,
     budgets: Sequence[float],
     class_names: Sequence[str],
@@ -36,7 +36,8 @@ def routing_examples(
     for budget in budgets:
         model.set_effective_capacity(budget)
         output = model(model_input(pixels))
-        experts.append(output.expert_BN.view(shown, model.config.grid, model.config.grid).numpy())
+        expert_BN = output.routed[0].expert_BN
+        experts.append(expert_BN.view(shown, model.config.grid, model.config.grid).numpy())
         predictions.append([class_names[k] for k in output.logits_BK.argmax(dim=1).tolist()])
     return RoutingExamples(
         images_uint8=pixels.numpy(),
@@ -44,5 +45,5 @@ def routing_examples(
         predictions=tuple(zip(*predictions, strict=True)),
         budgets=tuple(budgets),
         expert=np.stack(experts),
-        widths=model.config.widths,
+        widths=model.config.nesting.widths,
     )

@@ -73,7 +73,7 @@ def _routing(run: Path, config: RunConfig) -> RoutingExamples:
     checkpoint = checkpoint_of(run)
     model = build_model(config.model)
     load_weights(checkpoint, model)
-    budgets = tuple(b for b in ROUTING_BUDGETS if config.model.widths[0] <= b)
+    budgets = tuple(b for b in ROUTING_BUDGETS if config.model.nesting.widths[0] <= b)
     names = read_manifest(config.data.root / "val").class_names
     return routing_examples(model, validation_stream(config), budgets, names)
 
@@ -87,8 +87,8 @@ def _summary(run: Path, config: RunConfig) -> tuple[tuple[str, str], ...]:
         ("Recipe", config.recipe),
         (
             "Model",
-            f"MoNE ViT, D={sizes.dim}, {sizes.depth} layers, {sizes.num_tokens} tokens of "
-            f"{sizes.image_size} px images, widths {', '.join(map(str, sizes.widths))}",
+            f"MoNE ViT, D={sizes.dim}, {sizes.depth} layers, {sizes.num_patches} tokens of "
+            f"{sizes.image_size} px images, widths {', '.join(map(str, sizes.nesting.widths))}",
         ),
         ("Parameters", f"{parameters:,}"),
         ("Training images", f"{train.samples:,} in {len(train.classes)} classes"),

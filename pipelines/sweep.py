@@ -79,7 +79,10 @@ def _trial_config(base: RunConfig, budget: float) -> RunConfig:
         dataclasses.replace(
             base,
             out=base.out / f"ec_{budget:.3f}",
-            model=dataclasses.replace(base.model, effective_capacity=budget),
+            model=dataclasses.replace(
+                base.model,
+                nesting=dataclasses.replace(base.model.nesting, effective_capacity=budget),
+            ),
             train=dataclasses.replace(base.train, budgets=(budget,), eval_budgets=(budget,)),
             parallel=dataclasses.replace(base.parallel, num_workers=1),
         )

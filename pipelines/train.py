@@ -20,7 +20,7 @@ from torch.optim import AdamW
 
 from cluster.backends import Backend
 from mone_core.losses import softmax_loss
-from mone_core.models import NestedViT
+from mone_core.models import ViT
 from pipelines.checkpoint import Checkpoints
 from pipelines.config import RunConfig
 from pipelines.data.batch import Batch, model_input
@@ -59,7 +59,7 @@ class Run:
 
     config: RunConfig
     backend: Backend
-    core: NestedViT
+    core: ViT
     model: nn.Module
     optimizer: AdamW
     stream: TrainStream
@@ -109,11 +109,11 @@ def train_step(run: Run, step: int, batch: Batch) -> Tensor:
     run.core.set_effective_capacity(
         budget_at(step, run.config.train.budgets, run.config.train.seed)
     )
-    logits_BK = run.model(model_input(batch.pixels_BHWC)).logits_BK
-    loss_B = softmax_loss(logits_BK, batch.labels_B, label_smoothing=optim.label_smoothing)
-    loss = loss_B.mean()
+    output = run.model(model_input(batch.pixels_BHWC))
+    loss_B = softmax_loss(output.logits_BK, batch.labels_B, label_smoothing=optim.label_smoothing)
+    loss = loss_B.mean() + output.aux_loss
     run.optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     norm = nn.utils.clip_grad_norm_(run.core.parameters(), optim.clip_norm)
     set_learning_rate(run.optimizer, learning_rate(step, run.config.train.steps, optim))
     run.optimizer.step()
@@ -161,10 +161,10 @@ class _Window:
                 "loss": loss / self._steps,
                 "grad_norm": norm / self._steps,
                 "learning_rate": learning_rate(step - 1, run.config.train.steps, run.config.optim),
-                "alpha": torch.stack([alpha().detach() for alpha in run.core.alphas]).mean().item(),
                 "epoch": step * run.config.train.batch_size / run.stream.num_samples,
                 "images_per_second": images / seconds,
-            },
+            }
+            | _alpha(run.core),
         )
         self._restart()
         self.restart_clock()
@@ -177,6 +177,12 @@ class _Window:
     def _restart(self) -> None:
         self._sums = torch.zeros(2, device=self._run.backend.device)
         self._steps = 0
+
+
+def _alpha(model: ViT) -> dict[str, float]:
+    """Mean alpha over layers (eq. 1), if the model has any: it must leave 0."""
+    alphas = [alpha().detach() for alpha in model.encoder.alphas]
+    return {"alpha": torch.stack(alphas).mean().item()} if alphas else {}
 
 
 def _validation_row(run: Run, step: int) -> MetricRow:

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from mone_core.models import ModelConfig, NestedViT, build_model
+from mone_core.models import ModelConfig, ViT, build_model
 from pipelines.errors import RunError
 from pipelines.files import read_json, write_json
 
@@ -16,7 +16,7 @@ WEIGHTS = "weights.safetensors"
 MODEL_CONFIG = "model.json"
 
 
-def save_weights(folder: Path, model: NestedViT, *, step: int) -> None:
+def save_weights(folder: Path, model: ViT, *, step: int) -> None:
     """Write a model's weights and configuration into a folder.
 
     Args:
@@ -30,7 +30,7 @@ def save_weights(folder: Path, model: NestedViT, *, step: int) -> None:
     write_json(folder / MODEL_CONFIG, model.config)
 
 
-def load_weights(folder: Path) -> NestedViT:
+def load_weights(folder: Path) -> ViT:
     """Make the model that `save_weights` wrote.
 
     Raises:

@@ -1,104 +1,57 @@
-"""The MoNE ViT: one ViT, nested widths, one router, every compute budget.
+"""The image model: embed, encode, pool, classify. Dense, nested, sparse or both by configuration.
 
-Tokens are embedded, scored once by the router, sorted by width and kept in that order
-through all layers; attention and mean pooling do not care about order. The budget is a Python
-number that can change between any two steps without touching a weight.
+Clips with joint space-time attention are one long image to it; factorised ones are `vivit`'s.
+At effective capacity 1 and alpha 0 (or with the single width 1.0) it is a plain pre-norm ViT.
 
-Axes: B images, N tokens, D model width, E experts, K classes.
+Axes: B images or clips, N tokens, D model width, K classes.
 
-Source: arXiv 2407.19985; at effective capacity 1 and alpha 0 it is a plain pre-norm ViT with
-mean pooling.
+Source: arXiv 2407.19985 (MoNE), 2106.05974 (V-MoE), 2010.11929 (ViT).
 """
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mone_core.block import BoundedScale, NestedBlock
-from mone_core.capacity import effective_capacity_of, token_counts
-from mone_core.errors import ShapeError
-from mone_core.flops import linear_macs, nested_block_macs
+from mone_core.errors import RoutingError
+from mone_core.experts import Dispatched, SparseMlp
+from mone_core.flops import linear_macs
 from mone_core.models.config import ModelConfig
-from mone_core.nested import Layout
-from mone_core.routing import Router, expert_preferred_routing, sort_by_width
-
-# From the fastest to the slowest sine. Grids have tens of positions along a side, not thousands.
-POSITION_SPAN = 100.0
-POSITION_SCALE = 0.5  # about the size of a patch's own embedding
+from mone_core.models.embed import PatchEmbedding
+from mone_core.models.encoder import Encoded, Encoder, Routed
 
 
 class Output(NamedTuple):
-    """What a model says of a batch of images.
+    """What a model says of a batch.
 
     Attributes:
         logits_BK: Class scores before softmax.
-        expert_BN: Nested expert of every patch in raster order, 0 the narrowest.
-        probs_BNE: Router probabilities of every patch, detached.
+        aux_loss: What the sparse routers add to the training loss; 0 outside of training.
+        routed: What the nested routers decided, the earliest first. Frames of factorised clips
+            count as images, those of a clip next to each other.
+        dispatched: What the sparse routers decided, the earliest first.
     """
 
     logits_BK: Tensor
-    expert_BN: Tensor
-    probs_BNE: Tensor
+    aux_loss: Tensor
+    routed: tuple[Routed, ...]
+    dispatched: tuple[Dispatched, ...]
 
 
-class PatchEmbedding(nn.Module):
-    """Non-overlapping patches -> tokens, with a learned position added."""
+class ViT(nn.Module):
+    """A vision transformer.
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.image_size, self.patch_size = config.image_size, config.patch_size
-        self.project = nn.Linear(3 * config.patch_size**2, config.dim)
-        self.position_ND = nn.Parameter(_first_positions(config))
-        nn.init.xavier_uniform_(self.project.weight)
-        nn.init.zeros_(self.project.bias)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images `[B, 3, height, width]` -> tokens `BND`, patches in raster order."""
-        expected = (3, self.image_size, self.image_size)
-        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-            raise ShapeError(
-                f"images of shape {list(images.shape)} do not fit this model, which takes "
-                f"[B, {', '.join(map(str, expected))}]; resize them, or build a model of their size"
-            )
-        batch, channels, height, width = images.shape
-        p = self.patch_size
-        patches = images.view(batch, channels, height // p, p, width // p, p)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * p * p)
-        x_BND: Tensor = self.project(patches) + self.position_ND
-        return x_BND
-
-
-class NestedViT(nn.Module):
-    """A ViT whose tokens are computed at the width that the router gives them.
-
-    Shape: images `[B, 3, image_size, image_size]`, float -> `Output`.
+    Shape: images `[B, 3, image_size, image_size]` or clips
+    `[B, frames, 3, image_size, image_size]`, float -> `Output`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.embed = PatchEmbedding(config)
-        self.router = Router(config.dim, len(config.widths))
-        self.blocks = nn.ModuleList(
-            NestedBlock(
-                config.dim,
-                config.heads,
-                config.mlp_ratio * config.dim,
-                gelu=config.gelu,
-                norm_eps=config.norm_eps,
-            )
-            for _ in range(config.depth)
-        )
-        self.alphas = nn.ModuleList(
-            BoundedScale() for _ in range(config.depth if config.alpha_per_layer else 1)
-        )
+        self.encoder = Encoder(config, config.num_patches)
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.head = nn.Linear(config.dim, config.num_classes)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-        self.set_effective_capacity(config.effective_capacity)
+        self.head = Head(config)
 
     def set_effective_capacity(self, effective_capacity: float) -> None:
         """Choose the compute budget of the next forward passes; no weight changes.
@@ -106,63 +59,85 @@ class NestedViT(nn.Module):
         Raises:
             CapacityError: The budget is out of reach of the model's widths.
         """
-        self.counts, self.layout = _plan(self.config, effective_capacity)
+        self.encoder.set_effective_capacity(effective_capacity)
+
+    def set_capacity(
+        self,
+        *,
+        k: int | None = None,
+        capacity_ratio: float | None = None,
+        batch_priority: bool | None = None,
+    ) -> None:
+        """Change how the sparse experts take tokens from now on; no weight changes.
+
+        Args:
+            k: Experts that a token chooses.
+            capacity_ratio: Slots over choices, C.
+            batch_priority: Fill slots by score instead of by position.
+
+        Raises:
+            RoutingError: The model has no sparse experts, or fewer than `k`.
+            CapacityError: The ratio is not above 0.
+        """
+        layers = [layer for layer in self.modules() if isinstance(layer, SparseMlp)]
+        if not layers:
+            raise RoutingError(
+                "this model has no sparse experts to set a capacity for; build one with "
+                "experts.placement every or last"
+            )
+        for layer in layers:
+            layer.set_capacity(k=k, capacity_ratio=capacity_ratio, batch_priority=batch_priority)
 
     @property
     def realised_effective_capacity(self) -> float:
         """The budget that whole tokens per image come to."""
-        return effective_capacity_of(self.counts, self.config.widths)
+        return self.encoder.realised_effective_capacity
 
-    def forward(self, images: Tensor) -> Output:
-        """Class scores of images, and where the router sent their patches."""
-        x_BND = self.embed(images)
-        probs_BNE = self.router(x_BND)
-        expert_BN = expert_preferred_routing(probs_BNE, self.counts)
-        order_BN = sort_by_width(expert_BN)
-        chosen_BN = probs_BNE.gather(2, expert_BN.unsqueeze(-1)).squeeze(-1)
-        x_NBD = _reorder(x_BND, order_BN)
-        chosen_NB1 = _reorder(chosen_BN.unsqueeze(-1), order_BN).to(x_NBD.dtype)
-        for layer, block in enumerate(self.blocks):
-            alpha = self.alphas[layer % len(self.alphas)]()
-            x_NBD = block(x_NBD, self.layout, alpha * chosen_NB1 + 1)
-        logits_BK = self.head(self.norm(x_NBD).mean(dim=0))
-        return Output(logits_BK, expert_BN, probs_BNE.detach())
+    def features(self, pixels: Tensor) -> tuple[Tensor, Encoded]:
+        """What the head reads, shape BD, and what the encoder did on the way."""
+        encoded = self.encoder(self.embed(pixels))
+        return pool(encoded.x_NBD, self.norm, self.config), encoded
+
+    def forward(self, pixels: Tensor) -> Output:
+        """Class scores, and what the routers did."""
+        features_BD, encoded = self.features(pixels)
+        logits_BK = self.head(features_BD)
+        aux_losses = [told.aux_loss for told in encoded.dispatched]
+        aux_loss = torch.stack(aux_losses).sum() if aux_losses else logits_BK.new_zeros(())
+        return Output(logits_BK, aux_loss, encoded.routed, encoded.dispatched)
 
     def macs(self) -> int:
-        """Multiply-accumulates of one image at the present budget."""
-        config = self.config
-        num_tokens, dim = config.num_tokens, config.dim
-        block = nested_block_macs(self.counts, config.dims, dim=dim, hidden=config.mlp_ratio * dim)
-        return (
-            linear_macs(num_tokens, 3 * config.patch_size**2, dim)
-            + linear_macs(num_tokens, dim, len(config.widths))
-            + config.depth * block
-            + linear_macs(1, dim, config.num_classes)
-        )
+        """Multiply-accumulates of one image or clip at the present budget."""
+        return self.embed.macs() + self.encoder.macs() + self.head.macs()
 
 
-def _first_positions(config: ModelConfig) -> Tensor:
-    """What the position table starts from, shape ND."""
-    if config.positions == "normal":
-        return torch.empty(config.num_tokens, config.dim).normal_(std=0.02)
-    axis_G = torch.arange(config.grid, dtype=torch.get_default_dtype())
-    frequencies = POSITION_SPAN ** -torch.linspace(0, 1, config.dim // 4)
-    y_NF, x_NF = (
-        place_GG.flatten()[:, None] * frequencies
-        for place_GG in torch.meshgrid(axis_G, axis_G, indexing="ij")
-    )
-    return POSITION_SCALE * torch.cat([x_NF.sin(), x_NF.cos(), y_NF.sin(), y_NF.cos()], dim=1)
+class Head(nn.Module):
+    """Features to class scores, through a tanh layer if the configuration wants one."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.pre_logits = nn.Linear(config.dim, config.dim) if config.pre_logits else None
+        self.classify = nn.Linear(config.dim, config.num_classes)
+        nn.init.zeros_(self.classify.weight)
+        nn.init.constant_(self.classify.bias, config.head_bias)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        """`BD` -> `BK`."""
+        if self.pre_logits is not None:
+            x_BD = self.pre_logits(x_BD).tanh()
+        logits_BK: Tensor = self.classify(x_BD)
+        return logits_BK
+
+    def macs(self) -> int:
+        """Multiply-accumulates of one image."""
+        layers = [self.classify] + ([] if self.pre_logits is None else [self.pre_logits])
+        return sum(linear_macs(1, layer.in_features, layer.out_features) for layer in layers)
 
 
-@lru_cache(maxsize=1024)  # a training that draws its budget anew each step asks each step
-def _plan(config: ModelConfig, effective_capacity: float) -> tuple[tuple[int, ...], Layout]:
-    """Tokens per expert and where they lie, for a budget."""
-    counts = token_counts(config.capacity(effective_capacity), config.num_tokens)
-    return counts, Layout.of(counts, config.dims)
-
-
-def _reorder(x_BND: Tensor, order_BN: Tensor) -> Tensor:
-    """Put each image's tokens in `order`, sequence first: `BND` -> `NBD`."""
-    x_NBD = x_BND.transpose(0, 1)
-    index_NBD = order_BN.t().unsqueeze(-1).expand_as(x_NBD)
-    return x_NBD.gather(0, index_NBD)
+def pool(x_NBD: Tensor, norm: nn.LayerNorm, config: ModelConfig) -> Tensor:
+    """Normalise, and take the class token or the mean of all tokens: `NBD` -> `BD`."""
+    if config.pool == "cls":
+        first_BD: Tensor = norm(x_NBD[0])
+        return first_BD
+    mean_BD: Tensor = norm(x_NBD).mean(dim=0)
+    return mean_BD

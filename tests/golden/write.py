@@ -27,7 +27,8 @@ def golden(recipe: str) -> str:
     lines += [f"  in all {sum(p.numel() for p in model.parameters()):,}", "", "MACs of an image:"]
     for budget in BUDGETS:
         model.set_effective_capacity(budget)
-        lines.append(f"  e_c {budget}: {model.macs():,} with tokens {list(model.counts)}")
+        counts = list(model.encoder.plan.counts)
+        lines.append(f"  e_c {budget}: {model.macs():,} with tokens {counts}")
     return "\n".join(lines) + "\n"
 
 

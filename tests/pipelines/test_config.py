@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mone_core.errors import ConfigError
-from mone_core.models import ModelConfig
+from mone_core.models import ModelConfig, NestingConfig
 from pipelines.config import (
     CONFIG,
     DataConfig,
@@ -59,7 +59,9 @@ def test_every_kind_of_value_survives_yaml_and_json(tmp_path):
         data=DataConfig(root=Path("with space/ä: b"), crop_ratio=(1 / 3, 3.0)),
         optim=OptimConfig(learning_rate=1e-5, weight_decay=0.1 + 0.2),
         train=TrainConfig(budgets=(0.5, 1.0), eval_budgets=(1.0,), start_from=Path("null")),
-        model=ModelConfig(widths=(0.5, 1.0), effective_capacity=0.75, alpha_per_layer=False),
+        model=ModelConfig(
+            nesting=NestingConfig(widths=(0.5, 1.0), effective_capacity=0.75, alpha="model")
+        ),
     )
 
     write_config(tmp_path, config)
@@ -203,7 +205,7 @@ def test_a_budget_out_of_range_names_its_field_and_what_is_reachable(name, budge
 
 
 def test_the_reachable_range_is_that_of_the_models_own_widths():
-    wide = ModelConfig(widths=(0.25, 1.0))
+    wide = ModelConfig(nesting=NestingConfig(widths=(0.25, 1.0)))
 
     with pytest.raises(ConfigError, match=r"train\.budgets: .* 0\.2 .* between 0\.25 .* and 1\.0"):
         base(model=wide, train=TrainConfig(budgets=(0.2,)))

@@ -31,7 +31,7 @@ def config(tmp_path_factory):
 def model(config):
     torch.manual_seed(3)
     model = build_model(config.model)
-    torch.nn.init.normal_(model.head.weight)
+    torch.nn.init.normal_(model.head.classify.weight)
     return model.eval()
 
 
@@ -67,8 +67,8 @@ def test_accuracy_and_loss_are_those_of_a_plain_loop_at_every_budget(model, conf
 @pytest.mark.parametrize("always", range(4))
 def test_rows_of_padding_never_count(model, config, always):
     with torch.no_grad():
-        model.head.weight.zero_()
-        model.head.bias.copy_(100 * F.one_hot(torch.tensor(always), 4))
+        model.head.classify.weight.zero_()
+        model.head.classify.bias.copy_(100 * F.one_hot(torch.tensor(always), 4))
     labels = [(1000 + i) % 4 for i in range(SAMPLES)]  # padding has label 0
 
     found = score(model, validation_stream(config), (0.5,), get_backend("cpu"))[0.5]

@@ -128,7 +128,7 @@ def test_every_field_has_a_flag_in_the_long_help(capsys):
     assert caught.value.code == 0
     for flag in (
         "--train.budgets",
-        "--model.widths",
+        "--model.nesting.widths",
         "--data.crop-area",
         "--tracking.uri",
         "--out",

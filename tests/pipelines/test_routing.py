@@ -24,7 +24,7 @@ def config(tmp_path_factory):
 def model(config):
     torch.manual_seed(3)
     model = build_model(config.model)
-    torch.nn.init.normal_(model.head.weight)
+    torch.nn.init.normal_(model.head.classify.weight)
     return model
 
 
@@ -37,12 +37,12 @@ def test_images_labels_predictions_and_experts_are_those_of_the_model(model, con
     assert np.array_equal(found.images_uint8, batch.pixels_BHWC[:3].numpy())
     assert found.labels == tuple(NAMES[label] for label in batch.labels_B[:3])
     assert found.budgets == BUDGETS
-    assert found.widths == config.model.widths
+    assert found.widths == config.model.nesting.widths
     assert found.expert.shape == (2, 3, 4, 4)
     for row, budget in enumerate(BUDGETS):
         model.set_effective_capacity(budget)
         output = model(model_input(batch.pixels_BHWC[:3]))
-        assert np.array_equal(found.expert[row].reshape(3, 16), output.expert_BN.numpy())
+        assert np.array_equal(found.expert[row].reshape(3, 16), output.routed[0].expert_BN.numpy())
         predicted = [NAMES[k] for k in output.logits_BK.argmax(dim=1)]
         assert [of_image[row] for of_image in found.predictions] == predicted
 
@@ -53,7 +53,9 @@ def test_every_budget_sends_as_many_patches_to_each_width_as_it_may(model, confi
     for row, budget in enumerate(BUDGETS):
         model.set_effective_capacity(budget)
         for image in found.expert[row]:
-            assert np.bincount(image.ravel(), minlength=4).tolist() == list(model.counts)
+            assert np.bincount(image.ravel(), minlength=4).tolist() == list(
+                model.encoder.plan.counts
+            )
     assert (found.expert[1] == 3).all()
 
 

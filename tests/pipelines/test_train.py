@@ -180,7 +180,7 @@ def test_smoothed_labels_are_learnt_less_surely(data, tmp_path):
     sure, _ = one_step(data, tmp_path / "sure", label_smoothing=0.0, clip_norm=1e6)
     smooth, _ = one_step(data, tmp_path / "smooth", label_smoothing=0.5, clip_norm=1e6)
 
-    first = [run.optimizer.state[run.core.head.bias]["exp_avg"] for run in (sure, smooth)]
+    first = [run.optimizer.state[run.core.head.classify.bias]["exp_avg"] for run in (sure, smooth)]
     assert first[0].norm() > 0
     torch.testing.assert_close(first[1], 0.5 * first[0])
 
@@ -195,7 +195,7 @@ def poison(run, at_step, value):
     def hook(gradient):
         return torch.full_like(gradient, value) if next(seen) == at_step else gradient
 
-    run.core.head.bias.register_hook(hook)
+    run.core.head.classify.bias.register_hook(hook)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint_whole(

@@ -18,7 +18,7 @@ CONFIG = ModelConfig(image_size=16, patch_size=4, num_classes=3, dim=16, depth=2
 def model():
     torch.manual_seed(1)
     model = build_model(CONFIG)
-    torch.nn.init.normal_(model.head.weight)
+    torch.nn.init.normal_(model.head.classify.weight)
     return model
 
 

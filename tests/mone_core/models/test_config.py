@@ -6,21 +6,23 @@ import pytest
 
 from mone_core.capacity import capacity_distribution
 from mone_core.errors import ConfigError
-from mone_core.models import VIT_SIZES, ModelConfig
+from mone_core.models import VIT_SIZES, ModelConfig, NestingConfig
+from tests.mone_core.reference import changed
 
 
 def test_the_defaults_are_the_papers():
     config = ModelConfig()
 
-    assert config.widths == (0.125, 0.25, 0.5, 1.0)
+    assert config.nesting.widths == (0.125, 0.25, 0.5, 1.0)
     assert config.dims == (48, 96, 192, 384)
-    assert config.num_tokens == 196
-    assert (config.gelu, config.norm_eps, config.mlp_ratio) == ("tanh", 1e-6, 4)
-    assert config.alpha_per_layer
+    assert config.num_patches == 196
+    assert (config.gelu, config.norm_eps, config.hidden) == ("tanh", 1e-6, 1536)
+    assert (config.nesting.alpha, config.nesting.router_layers) == ("layer", (0,))
+    assert config.pool == "gap"
 
 
 def test_the_sizes_are_the_papers():
-    sizes = {name: (c.dim, c.depth, c.heads, c.mlp_ratio) for name, c in VIT_SIZES.items()}
+    sizes = {name: (c.dim, c.depth, c.heads, c.hidden // c.dim) for name, c in VIT_SIZES.items()}
 
     assert sizes == {
         "Ti": (192, 12, 3, 4),
@@ -31,16 +33,14 @@ def test_the_sizes_are_the_papers():
 
 
 def test_capacity_takes_the_models_own_widths_and_parameters():
-    config = ModelConfig(
-        widths=(0.25, 0.5, 1.0), capacity_form="product", capacity_delta=3, capacity_beta=0.5
-    )
+    config = NestingConfig(widths=(0.25, 0.5, 1.0), form="product", delta=3, beta=0.5)
 
     expected = capacity_distribution(0.6, (0.25, 0.5, 1), form="product", delta=3, beta=0.5)
     assert config.capacity(0.6) == expected
 
 
 @pytest.mark.parametrize(
-    "name", ["image_size", "patch_size", "num_classes", "dim", "depth", "heads", "mlp_ratio"]
+    "name", ["image_size", "patch_size", "num_classes", "dim", "depth", "heads", "mlp_dim"]
 )
 @pytest.mark.parametrize("value", [0, -4])
 def test_sizes_below_1_are_refused(name, value):
@@ -68,30 +68,35 @@ def test_sizes_below_1_are_refused(name, value):
         ({"effective_capacity": 0.1}, r"model: effective capacity 0\.1 is out of reach"),
         ({"widths": (0.5, 0.25, 1.0)}, r"model: widths must rise strictly"),
         ({"widths": ()}, r"model: widths must rise strictly .*got \(\)"),
-        ({"capacity_delta": 1.0}, r"model: delta must be above 1 and beta above 0, got delta=1\.0"),
-        ({"capacity_beta": 0.0}, r"model: delta must be above 1 and beta above 0, .*beta=0\.0"),
+        ({"delta": 1.0}, r"model: delta must be above 1 and beta above 0, got delta=1\.0"),
+        ({"beta": 0.0}, r"model: delta must be above 1 and beta above 0, .*beta=0\.0"),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_value(wrong, says):
     with pytest.raises(ConfigError, match=says):
-        ModelConfig(**wrong)
+        changed(ModelConfig(), **wrong)
 
 
 @pytest.mark.parametrize(
     ("name", "known"),
-    [("gelu", "tanh"), ("positions", "normal"), ("capacity_form", "fraction")],
+    [
+        ("gelu", "tanh"),
+        ("positions", "normal"),
+        ("form", "fraction"),
+        ("allocation", "greedy"),
+    ],
 )
 def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(name, known):
     """Not taken for one of the others."""
     with pytest.raises(ConfigError, match=rf"model: .*nonesuch.*{known}"):
-        ModelConfig(**{name: "nonesuch"})
+        changed(ModelConfig(), **{name: "nonesuch"})
 
 
 def test_several_problems_are_told_at_once():
     with pytest.raises(
         ConfigError, match=r"patch_size must .*; heads must .*; effective capacity 2\.0 is out of"
     ):
-        ModelConfig(image_size=20, heads=7, effective_capacity=2.0)
+        changed(ModelConfig(), image_size=20, heads=7, effective_capacity=2.0)
 
 
 def test_a_config_cannot_be_changed_after_it_was_checked():

@@ -10,36 +10,28 @@ import torch.nn.functional as F
 from mone_core.capacity import token_counts
 from mone_core.errors import CapacityError, MoneError
 from mone_core.losses import softmax_loss
-from mone_core.models import VIT_SIZES, build_model
+from mone_core.models import VIT_SIZES, NestingConfig, build_model
 from mone_core.routing import sort_by_width
-from tests.mone_core.reference import TINY, random_images, random_model, share_out, slow_forward
+from tests.mone_core.reference import (
+    TINY,
+    assert_equals_the_reference,
+    random_images,
+    random_model,
+    share_out,
+    tiny,
+)
 
 BUDGETS = (0.125, 0.2, 0.3, 0.5, 0.7, 0.95, 1.0)
 EMPTY_CLASSES = ((0, 5, 0, 11), (3, 0, 13, 0), (0, 16, 0, 0), (15, 1, 0, 0), (1, 0, 0, 15))
 
 
-def assert_equals_the_reference(model, images):
-    labels = torch.arange(len(images)) % model.config.num_classes
-    output = model(images)
-    logits, expert = slow_forward(model, images)
-    assert output.expert_BN.tolist() == expert
-    torch.testing.assert_close(output.logits_BK, logits, rtol=0, atol=1e-10)
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    ours = torch.autograd.grad(softmax_loss(output.logits_BK, labels).mean(), parameters)
-    theirs = torch.autograd.grad(
-        softmax_loss(logits, labels).mean(), parameters, materialize_grads=True
-    )
-    for name, one, other in zip(names, ours, theirs, strict=True):
-        torch.testing.assert_close(
-            one, other, rtol=0, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
-        )
-
-
-@pytest.mark.parametrize("alpha_per_layer", [True, False])
+@pytest.mark.parametrize("alpha_for", ["layer", "model"])
 @pytest.mark.parametrize("alpha", [0.0, 0.4, -0.4])
 @pytest.mark.parametrize("budget", [0.125, 0.3, 0.5, 1.0])
-def test_every_budget_equals_the_per_token_reference(budget, alpha, alpha_per_layer):
-    model = random_model(alpha=alpha, alpha_per_layer=alpha_per_layer, effective_capacity=budget)
+def test_every_budget_equals_the_per_token_reference(budget, alpha, alpha_for):
+    model = random_model(
+        alpha=alpha, nesting=NestingConfig(alpha=alpha_for, effective_capacity=budget)
+    )
 
     assert_equals_the_reference(model, random_images(2))
 
@@ -57,7 +49,7 @@ def test_empty_width_classes_equal_the_per_token_reference(counts):
     [
         {"gelu": "erf", "norm_eps": 1e-3},
         {"widths": (0.5, 1.0), "effective_capacity": 0.7},
-        {"widths": (0.25, 0.625, 1.0), "heads": 4, "mlp_ratio": 3, "depth": 1},
+        {"widths": (0.25, 0.625, 1.0), "heads": 4, "mlp_dim": 48, "depth": 1},
     ],
 )
 def test_other_shapes_equal_the_per_token_reference(changes):
@@ -76,7 +68,7 @@ class PlainViT(torch.nn.Module):
             torch.nn.TransformerEncoderLayer(
                 config.dim,
                 config.heads,
-                config.mlp_ratio * config.dim,
+                config.hidden,
                 dropout=0,
                 activation=lambda x: F.gelu(x, approximate="tanh"),
                 layer_norm_eps=config.norm_eps,
@@ -87,8 +79,8 @@ class PlainViT(torch.nn.Module):
         )
         self.norm = torch.nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.head = torch.nn.Linear(config.dim, config.num_classes)
-        self.position = torch.nn.Parameter(torch.zeros(config.num_tokens, config.dim))
-        self.to(nested.head.weight.dtype)
+        self.position = torch.nn.Parameter(torch.zeros(config.num_patches, config.dim))
+        self.to(nested.head.classify.weight.dtype)
         self.load_state_dict(_plain_names(nested))
 
     def forward(self, images):
@@ -116,11 +108,13 @@ def _plain_names(nested):
         "norm2.": "mlp_norm.",
     }
     for kind in ("weight", "bias"):
-        for name in ("norm.", "head."):
-            plain[name + kind] = state[name + kind]
+        plain["norm." + kind] = state["norm." + kind]
+        plain["head." + kind] = state["head.classify." + kind]
         for layer in range(nested.config.depth):
             for theirs, ours in parts.items():
-                plain[f"layers.{layer}.{theirs}{kind}"] = state[f"blocks.{layer}.{ours}{kind}"]
+                plain[f"layers.{layer}.{theirs}{kind}"] = state[
+                    f"encoder.blocks.{layer}.{ours}{kind}"
+                ]
     return plain
 
 
@@ -133,8 +127,10 @@ def test_at_full_width_and_alpha_0_it_is_a_plain_vit(dtype, atol):
 
 
 def test_a_vit_s_of_real_size_is_a_plain_vit_at_full_width():
-    model = build_model(replace(VIT_SIZES["S"], depth=3, effective_capacity=1.0))
-    torch.nn.init.normal_(model.head.weight, std=0.02)
+    model = build_model(
+        replace(VIT_SIZES["S"], depth=3, nesting=NestingConfig(effective_capacity=1.0))
+    )
+    torch.nn.init.normal_(model.head.classify.weight, std=0.02)
     images = torch.randn(1, 3, 224, 224)
 
     with torch.no_grad():
@@ -176,13 +172,13 @@ def test_a_narrow_expert_is_a_prefix_of_the_wide_one(part, beyond):
     wide.load_state_dict(narrow.state_dict())
     narrow_before, wide_before = narrow(images).logits_BK, wide(images).logits_BK
     for model in (narrow, wide):
-        model.get_parameter(f"blocks.0.{part}").data[beyond] += 1
+        model.get_parameter(f"encoder.blocks.0.{part}").data[beyond] += 1
     assert torch.equal(narrow(images).logits_BK, narrow_before)
     assert (wide(images).logits_BK - wide_before).abs().max() > 1e-4
 
     share_out(narrow, (0, 0, 0, 16))  # the same object, wide: it holds the changed weights
     assert torch.equal(narrow(images).logits_BK, wide(images).logits_BK)
-    narrow.get_parameter(f"blocks.0.{part}").data += 1
+    narrow.get_parameter(f"encoder.blocks.0.{part}").data += 1
     share_out(narrow, (0, 16, 0, 0))
     assert (narrow(images).logits_BK - narrow_before).abs().max() > 1e-4
 
@@ -200,7 +196,7 @@ def test_the_products_read_the_stored_weights_without_a_copy():
         model(random_images(1))
 
     for part in ("attention.qkv", "attention.out", "mlp.up", "mlp.down"):
-        weight = model.get_parameter(f"blocks.0.{part}.weight")
+        weight = model.get_parameter(f"encoder.blocks.0.{part}.weight")
         assert weight.untyped_storage().data_ptr() in kept
 
 
@@ -208,18 +204,18 @@ def test_features_past_a_tokens_width_stay_at_their_embedding():
     model = random_model(depth=4)
     images = random_images(2)
     after = []
-    for block in model.blocks:
+    for block in model.encoder.blocks:
         block.register_forward_hook(lambda _block, _inputs, x_NBD: after.append(x_NBD))
 
     output = model(images)
 
     x_BND = model.embed(images)
-    order_BN = sort_by_width(output.expert_BN)
+    order_BN = sort_by_width(output.routed[0].expert_BN)
     dims = torch.tensor(model.config.dims)
     assert len(after) == 4
     for image in range(2):
         embedded = x_BND[image, order_BN[image]]
-        width = dims[output.expert_BN[image, order_BN[image]]].unsqueeze(1)
+        width = dims[output.routed[0].expert_BN[image, order_BN[image]]].unsqueeze(1)
         past = torch.arange(model.config.dim) >= width
         for x_NBD in after:
             assert torch.equal(x_NBD[:, image][past], embedded[past])
@@ -238,8 +234,8 @@ def test_patches_that_move_with_their_positions_take_their_experts_along():
 
     before, after = model(images), moved(moved_images)
 
-    assert torch.equal(after.expert_BN, before.expert_BN[:, order])
-    torch.testing.assert_close(after.probs_BNE, before.probs_BNE[:, order])
+    assert torch.equal(after.routed[0].expert_BN, before.routed[0].expert_BN[:, order])
+    torch.testing.assert_close(after.routed[0].probs_BNE, before.routed[0].probs_BNE[:, order])
     torch.testing.assert_close(after.logits_BK, before.logits_BK, rtol=0, atol=1e-12)
 
 
@@ -251,15 +247,15 @@ def test_experts_and_probabilities_are_told_in_raster_order():
     images[:, :, 4:6, 2:4] = 1  # row 2, column 1 of a grid of 4
     with torch.no_grad():
         model.embed.position_ND.zero_()
-        model.router.score.weight.zero_()
-        model.router.score.weight[3] = model.embed.project.weight.sum(1)
+        model.encoder.routers[0].score.weight.zero_()
+        model.encoder.routers[0].score.weight[3] = model.embed.project.weight.sum(1)
 
     output = model(images)
 
-    assert output.expert_BN[0].nonzero().flatten().tolist() == [2 * 4 + 1]
-    assert output.expert_BN.reshape(4, 4)[2, 1] == 3
-    assert output.probs_BNE[0, :, 3].argmax() == 2 * 4 + 1
-    assert not output.probs_BNE.requires_grad
+    assert output.routed[0].expert_BN[0].nonzero().flatten().tolist() == [2 * 4 + 1]
+    assert output.routed[0].expert_BN.reshape(4, 4)[2, 1] == 3
+    assert output.routed[0].probs_BNE[0, :, 3].argmax() == 2 * 4 + 1
+    assert not output.routed[0].probs_BNE.requires_grad
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -272,16 +268,18 @@ def test_an_image_is_the_same_alone_and_in_a_batch(budget):
     torch.testing.assert_close(
         together.logits_BK, torch.cat([one.logits_BK for one in alone]), rtol=0, atol=1e-12
     )
-    assert torch.equal(together.expert_BN, torch.cat([one.expert_BN for one in alone]))
+    assert torch.equal(
+        together.routed[0].expert_BN, torch.cat([one.routed[0].expert_BN for one in alone])
+    )
 
 
 def test_counts_are_met_in_every_image_at_every_budget():
     model, images = random_model(), random_images(5)
     for budget in BUDGETS:
         model.set_effective_capacity(budget)
-        counts = token_counts(TINY.capacity(budget), 16)
+        counts = token_counts(TINY.nesting.capacity(budget), 16)
 
-        for expert_N in model(images).expert_BN:
+        for expert_N in model(images).routed[0].expert_BN:
             assert tuple(expert_N.bincount(minlength=4).tolist()) == counts
         spent = sum(n * d for n, d in zip(counts, TINY.dims, strict=True)) / (16 * TINY.dim)
         assert model.realised_effective_capacity == pytest.approx(spent, abs=1e-15)
@@ -306,11 +304,11 @@ def test_changing_the_budget_touches_no_weight():
 
 def test_a_budget_out_of_reach_is_refused_and_the_old_one_kept():
     model = random_model(effective_capacity=0.5)
-    counts = model.counts
+    counts = model.encoder.plan.counts
     with pytest.raises(CapacityError, match=r"effective capacity 0\.05 is out of reach.* 0\.125 "):
         model.set_effective_capacity(0.05)
 
-    assert model.counts == counts
+    assert model.encoder.plan.counts == counts
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 16, 16), (2, 3, 4, 16), (2, 3, 7, 7), (2, 1, 8, 8)])
@@ -323,7 +321,7 @@ def test_images_of_another_shape_are_refused_with_both_shapes(shape):
 def test_a_fresh_model_has_alpha_0_and_scores_all_classes_alike():
     model = build_model(TINY)
 
-    assert [scale().item() for scale in model.alphas] == [0, 0]
+    assert [scale().item() for scale in model.encoder.alphas] == [0, 0]
     assert (model(random_images(2, dtype=torch.float32)).logits_BK == 0).all()
 
 
@@ -332,15 +330,15 @@ def trained(push, optimizer_class, steps=6):
     torch.manual_seed(0)
     model = random_model(alpha=0.0, dtype=torch.float32)
     images, labels = random_images(4, dtype=torch.float32), torch.tensor([0, 1, 2, 3])
-    optimizer = optimizer_class(model.alphas.parameters(), lr=1e-3)
+    optimizer = optimizer_class(model.encoder.alphas.parameters(), lr=1e-3)
     slopes, alphas, router_grads = [], [], []
     for _ in range(steps):
         model.zero_grad()
         (push * softmax_loss(model(images).logits_BK, labels).mean()).backward()
         optimizer.step()
-        slopes.append([scale.raw.grad.item() for scale in model.alphas])
-        alphas.append([scale().item() for scale in model.alphas])
-        router_grads.append(model.router.score.weight.grad.abs().max().item())
+        slopes.append([scale.raw.grad.item() for scale in model.encoder.alphas])
+        alphas.append([scale().item() for scale in model.encoder.alphas])
+        router_grads.append(model.encoder.routers[0].score.weight.grad.abs().max().item())
     return slopes[0], alphas, router_grads
 
 
@@ -359,7 +357,7 @@ def test_alpha_and_router_come_alive_whichever_way_alpha_is_pushed(push, optimiz
 
 def test_positions_may_start_as_two_dimensional_sines():
     """Each place has its own; features of a row do not change along it, nor of a column down it."""
-    model = build_model(replace(TINY, positions="sincos"))
+    model = build_model(tiny(positions="sincos"))
     table = model.embed.position_ND.detach().view(4, 4, TINY.dim)
     in_x, in_y = table[..., : TINY.dim // 2], table[..., TINY.dim // 2 :]
 
@@ -370,8 +368,8 @@ def test_positions_may_start_as_two_dimensional_sines():
 
 
 def test_one_alpha_for_the_model_when_asked():
-    assert len(build_model(replace(TINY, alpha_per_layer=False)).alphas) == 1
-    assert len(build_model(replace(TINY, alpha_per_layer=True)).alphas) == TINY.depth
+    assert len(build_model(tiny(alpha="model")).encoder.alphas) == 1
+    assert len(build_model(tiny(alpha="layer")).encoder.alphas) == TINY.depth
 
 
 @pytest.mark.usefixtures("_dirty_memory")
@@ -394,8 +392,8 @@ def test_a_forward_and_backward_pass_never_look_at_their_numbers():
         output.logits_BK.sum().backward()
 
     assert output.logits_BK.shape == (2, 1000)
-    assert output.expert_BN.shape == (2, 196)
-    assert output.probs_BNE.shape == (2, 196, 4)
+    assert output.routed[0].expert_BN.shape == (2, 196)
+    assert output.routed[0].probs_BNE.shape == (2, 196, 4)
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
@@ -406,7 +404,7 @@ def test_a_model_in_bfloat16_runs_and_routes_in_float32():
     output.logits_BK.sum().backward()
 
     assert output.logits_BK.dtype == torch.bfloat16
-    assert output.probs_BNE.dtype == torch.float32
+    assert output.routed[0].probs_BNE.dtype == torch.float32
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -418,7 +416,7 @@ def test_images_may_come_channels_last():
 
 
 def test_a_few_steps_of_training_learn_at_every_budget():
-    model = build_model(replace(TINY, dim=32, effective_capacity=0.5))
+    model = build_model(tiny(dim=32, effective_capacity=0.5))
     images = torch.randn(8, 3, 8, 8)
     labels = torch.arange(8) % 5
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)

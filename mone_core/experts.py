@@ -1,0 +1,387 @@
+"""A layer of sparse experts: many MLPs, of which each token uses a few.
+
+`SparseMlp` is what stands in a block instead of an MLP: it scores the normalised tokens, drops
+what does not fit, and adds the chosen experts' weighted outputs to the residual stream. Which
+choices fit is decided in `routing`, how features move in `dispatch`; here is the layer's own state,
+its auxiliary losses, and `ExpertBank`, the E MLPs themselves.
+
+In a nested model every expert is a nested MLP: a token uses the prefix of its width, and
+every width class has slots of its own.
+
+Axes: N tokens sorted by width, B images in groups of I, D model width, F hidden width, E experts,
+Q slots of an expert, G groups of S tokens.
+
+Source: arXiv 2106.05974, section 2.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from mone_core.block import Gelu, NestedAttention
+from mone_core.dispatch import by_group, combine, dispatch, plan_slots
+from mone_core.errors import CapacityError, RoutingError
+from mone_core.flops import linear_macs
+from mone_core.losses import gshard_loss, importance_loss, load_loss, router_z_loss
+from mone_core.nested import Layout
+from mone_core.routing import (
+    Assignment,
+    Rounding,
+    expert_capacity,
+    expert_choice,
+    top_k_assignment,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertsConfig:
+    """Sparse experts (V-MoE): which MLPs become many, and how tokens reach them.
+
+    Attributes:
+        placement: "every" `spacing`-th block has experts, or the "last" `spacing` of the
+            odd-numbered ones (counted from 0); "none" has no experts.
+        spacing: n of Every-n and Last-n.
+        num_experts: E.
+        k: Experts that a token chooses, K.
+        capacity_ratio: Slots over chosen assignments, C.
+        routing: Tokens choose their k experts, or each expert chooses its tokens.
+        group_images: Images that compete for the same slots, I; what is left over at the end of
+            a batch is a smaller group.
+        batch_priority: Fill slots by score instead of by position.
+        rounding: How C becomes whole slots, see `mone_core.routing.expert_capacity`.
+        noise: Standard deviation of the noise on router logits in training, times E.
+        importance_weight, load_weight, gshard_weight, z_weight: Weights of the auxiliary
+            losses; at 0 a loss is not computed.
+    """
+
+    placement: Literal["none", "every", "last"] = "none"
+    spacing: int = 2
+    num_experts: int = 8
+    k: int = 2
+    capacity_ratio: float = 1.05
+    routing: Literal["tokens_choose", "experts_choose"] = "tokens_choose"
+    group_images: int = 8
+    batch_priority: bool = False
+    rounding: Rounding = "nearest"
+    noise: float = 1.0
+    importance_weight: float = 0.005
+    load_weight: float = 0.005
+    gshard_weight: float = 0.0
+    z_weight: float = 0.0
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        """Blocks that have experts, counted from 0 (V-MoE's Every-n and Last-n)."""
+        if self.placement == "every":
+            return tuple(range(self.spacing - 1, depth, self.spacing))
+        if self.placement == "last":
+            return tuple(range(1, depth, 2))[-self.spacing :]
+        return ()
+
+    def problems(self, depth: int) -> Iterator[str]:
+        """What is wrong with these values in a model of `depth` blocks, a line each."""
+        if self.placement == "none":
+            return
+        if self.k > self.num_experts:
+            yield (
+                f"experts.k must be experts.num_experts or fewer, got {self.k} of "
+                f"{self.num_experts}"
+            )
+        if not self.capacity_ratio > 0:
+            yield f"experts.capacity_ratio must be above 0, got {self.capacity_ratio}"
+        most = depth if self.placement == "every" else depth // 2
+        if self.spacing > most:
+            yield (
+                f"experts.spacing must be at most {most} for placement {self.placement} and "
+                f"depth {depth}, got {self.spacing}"
+            )
+        for name in ("noise", "importance_weight", "load_weight", "gshard_weight", "z_weight"):
+            if not (value := getattr(self, name)) >= 0:
+                yield f"experts.{name} must be 0 or more, got {value}"
+        if self.load_weight and not self.noise and self.routing == "tokens_choose":
+            yield (
+                "experts.load_weight needs noise to define the load; set it to 0 or "
+                "experts.noise above 0"
+            )
+
+
+class Dispatched(NamedTuple):
+    """What one layer's router did.
+
+    Attributes:
+        aux_loss: Weighted sum of the auxiliary losses; 0 outside of training.
+        assignments: One per width class present, widest first, for each run of equal groups.
+    """
+
+    aux_loss: Tensor
+    assignments: tuple[Assignment, ...]
+
+
+class SparseBlock(nn.Module):
+    """The block of `block.NestedBlock` with sparse experts for its MLP."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        hidden: int,
+        *,
+        experts: ExpertsConfig,
+        gelu: Gelu,
+        norm_eps: float,
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.attention = NestedAttention(dim, heads)
+        self.mlp_norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = SparseMlp(dim, hidden, experts, gelu)
+
+    def forward(
+        self, x_NBD: Tensor, layout: Layout, gate_NB1: Tensor | None = None
+    ) -> tuple[Tensor, Dispatched]:
+        """One layer: `NBD` in, `NBD` and what its router did out."""
+        x_NBD = self.attention(x_NBD, self.attention_norm(x_NBD), layout)
+        out: tuple[Tensor, Dispatched] = self.mlp(x_NBD, self.mlp_norm(x_NBD), layout, gate_NB1)
+        return out
+
+
+class SparseMlp(nn.Module):
+    """Sparse experts in the place of an MLP.
+
+    `k`, `capacity_ratio` and `batch_priority` may be changed at any time; no parameter
+    depends on them.
+    """
+
+    def __init__(self, dim: int, hidden: int, config: ExpertsConfig, gelu: Gelu) -> None:
+        super().__init__()
+        self.config = config
+        self.k, self.capacity_ratio = config.k, config.capacity_ratio
+        self.batch_priority = config.batch_priority
+        self.router = nn.Linear(dim, config.num_experts, bias=False)
+        nn.init.normal_(self.router.weight, std=dim**-0.5)
+        self.bank = ExpertBank(config.num_experts, dim, hidden, gelu)
+
+    def forward(
+        self, residual_NBD: Tensor, x_NBD: Tensor, layout: Layout, gate_NB1: Tensor | None
+    ) -> tuple[Tensor, Dispatched]:
+        """Send `x` (normalised) through its experts and add the result, gated, to `residual`.
+
+        Returns:
+            `NBD`, and what the router did.
+        """
+        group, batch = self.config.group_images, x_NBD.shape[1]
+        rest = batch % group
+        if rest == 0 or batch < group:
+            return self._groups(residual_NBD, x_NBD, layout, gate_NB1, min(group, batch))
+        outs, told = [], []
+        for part, size in ((slice(0, batch - rest), group), (slice(batch - rest, None), rest)):
+            gate = None if gate_NB1 is None else gate_NB1[:, part]
+            out, dispatched = self._groups(
+                residual_NBD[:, part], x_NBD[:, part], layout, gate, size
+            )
+            outs.append(out)
+            told.append(dispatched)
+        aux_loss = (told[0].aux_loss * (batch - rest) + told[1].aux_loss * rest) / batch
+        return torch.cat(outs, dim=1), Dispatched(
+            aux_loss, told[0].assignments + told[1].assignments
+        )
+
+    def capacity(self, num_tokens: int) -> int:
+        """Slots of one expert for a group of tokens of one width class."""
+        config = self.config
+        choices = self.k if config.routing == "tokens_choose" else 1
+        return expert_capacity(
+            num_tokens, choices, config.num_experts, self.capacity_ratio, rounding=config.rounding
+        )
+
+    def macs(self, layout: Layout) -> int:
+        """Multiply-accumulates per image: the router, and every slot, filled or not."""
+        config = self.config
+        num_tokens = layout.segments[-1].stop
+        in_slots = sum(
+            self.capacity(config.group_images * (segment.stop - segment.start)) * segment.dim
+            for segment in layout.segments
+        )
+        hidden = self.bank.up_bias_EF.shape[1]
+        scores = linear_macs(num_tokens, layout.dim, config.num_experts)
+        return scores + round(2 * hidden * config.num_experts * in_slots / config.group_images)
+
+    def set_capacity(
+        self, *, k: int | None, capacity_ratio: float | None, batch_priority: bool | None
+    ) -> None:
+        """Change what is not None, from the next forward pass on; see `ViT.set_capacity`."""
+        if k is not None:
+            if not 1 <= k <= self.config.num_experts:
+                raise RoutingError(
+                    f"k must lie between 1 and the {self.config.num_experts} experts, got {k}"
+                )
+            self.k = k
+        if capacity_ratio is not None:
+            if not capacity_ratio > 0:
+                raise CapacityError(f"capacity_ratio must be above 0, got {capacity_ratio}")
+            self.capacity_ratio = capacity_ratio
+        if batch_priority is not None:
+            self.batch_priority = batch_priority
+
+    def _groups(
+        self,
+        residual_NBD: Tensor,
+        x_NBD: Tensor,
+        layout: Layout,
+        gate_NB1: Tensor | None,
+        group: int,
+    ) -> tuple[Tensor, Dispatched]:
+        """`forward` for a batch of whole groups."""
+        logits_NBE = self.router(x_NBD)
+        logits_NBE = logits_NBE.to(torch.promote_types(logits_NBE.dtype, torch.float32))
+        noisy_NBE = logits_NBE
+        std = self.config.noise / self.config.num_experts
+        if self.training and std:
+            noisy_NBE = logits_NBE + std * torch.randn_like(logits_NBE)
+        plan = plan_slots(noisy_NBE.softmax(dim=-1), layout, group, self._assign)
+        weight_RK = plan.weight_RK
+        if gate_NB1 is not None:
+            weight_RK = weight_RK * gate_NB1.reshape(-1, 1)
+        y_EQD = self.bank(dispatch(x_NBD, plan), plan.slots)
+        out_NBD = combine(residual_NBD, y_EQD, weight_RK.to(y_EQD.dtype), plan)
+        aux_loss = self._aux_loss(by_group(logits_NBE, group), by_group(noisy_NBE, group), std)
+        return out_NBD, Dispatched(aux_loss, plan.assignments)
+
+    def _assign(self, probs_GSE: Tensor) -> Assignment:
+        capacity = self.capacity(probs_GSE.shape[1])
+        if self.config.routing == "experts_choose":
+            return expert_choice(probs_GSE, capacity)
+        return top_k_assignment(probs_GSE, self.k, capacity, batch_priority=self.batch_priority)
+
+    def _aux_loss(self, logits_GSE: Tensor, noisy_GSE: Tensor, std: float) -> Tensor:
+        """Weighted auxiliary losses, those of weight 0 left out so that they cannot be NaN."""
+        config = self.config
+        total = logits_GSE.new_zeros(())
+        if not self.training:
+            return total
+        if config.routing == "tokens_choose":  # experts that choose are balanced as they are
+            if config.importance_weight:
+                total = total + config.importance_weight * importance_loss(logits_GSE.softmax(-1))
+            if config.load_weight:
+                total = total + config.load_weight * load_loss(logits_GSE, noisy_GSE, self.k, std)
+            if config.gshard_weight:
+                total = total + config.gshard_weight * gshard_loss(noisy_GSE.softmax(-1))
+        if config.z_weight:
+            total = total + config.z_weight * router_z_loss(logits_GSE)
+        return total
+
+
+class ExpertBank(nn.Module):
+    """E two-layer perceptrons, each nested in and out.
+
+    All start from the same weights, as V-MoE's do; routing alone tells them apart.
+    """
+
+    def __init__(self, num_experts: int, dim: int, hidden: int, gelu: Gelu) -> None:
+        super().__init__()
+        self.gelu = "tanh" if gelu == "tanh" else "none"
+        self.up_weight_EFD = nn.Parameter(_equal(num_experts, hidden, dim))
+        self.up_bias_EF = nn.Parameter(torch.zeros(num_experts, hidden))
+        self.down_weight_EDF = nn.Parameter(_equal(num_experts, dim, hidden))
+        self.down_bias_ED = nn.Parameter(torch.zeros(num_experts, dim))
+
+    def forward(self, x_EQD: Tensor, slots: Layout) -> Tensor:
+        """Every expert on its own slots: `EQD` in and out, features past a slot's width unset."""
+        out: Tensor = _Bank.apply(  # type: ignore[no-untyped-call]
+            x_EQD,
+            self.up_weight_EFD,
+            self.up_bias_EF,
+            self.down_weight_EDF,
+            self.down_bias_ED,
+            slots,
+            self.gelu,
+        )
+        return out
+
+
+class _Bank(Function):
+    """Expert by expert, so that an expert's hidden layer is still in cache when it is used.
+
+    The activation is computed again in the backward pass: that costs less than to write and read
+    it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_EQD: Tensor,
+        up_EFD: Tensor,
+        up_bias_EF: Tensor,
+        down_EDF: Tensor,
+        down_bias_ED: Tensor,
+        slots: Layout,
+        gelu: str,
+    ) -> Tensor:
+        h_EQF = x_EQD.new_empty(*x_EQD.shape[:2], up_EFD.shape[1])
+        y_EQD = torch.empty_like(x_EQD)
+        for e in range(x_EQD.shape[0]):
+            for rows, dim in _classes(slots):
+                torch.addmm(
+                    up_bias_EF[e],
+                    x_EQD[e, rows, :dim],
+                    up_EFD[e, :, :dim].t(),
+                    out=h_EQF[e, rows],
+                )
+            a_QF = F.gelu(h_EQF[e], approximate=gelu)
+            for rows, dim in _classes(slots):
+                torch.addmm(
+                    down_bias_ED[e, :dim],
+                    a_QF[rows],
+                    down_EDF[e, :dim].t(),
+                    out=y_EQD[e, rows, :dim],
+                )
+        ctx.save_for_backward(x_EQD, up_EFD, down_EDF, h_EQF)
+        ctx.slots, ctx.gelu = slots, gelu
+        return y_EQD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_EQD: Tensor) -> tuple[Tensor | None, ...]:
+        x_EQD, up_EFD, down_EDF, h_EQF = ctx.saved_tensors
+        slots: Layout = ctx.slots
+        grad_x = torch.empty_like(x_EQD)
+        grad_up, grad_down = torch.empty_like(up_EFD), torch.empty_like(down_EDF)
+        grad_up_bias = up_EFD.new_empty(up_EFD.shape[:2])
+        grad_down_bias = up_EFD.new_empty(down_EDF.shape[:2])
+        past = slots.bands[-1].high
+        grad_up[:, :, past:].zero_()
+        grad_down[:, past:].zero_()
+        grad_down_bias[:, past:].zero_()
+        for e in range(x_EQD.shape[0]):
+            h_QF, grad_QD = h_EQF[e], grad_EQD[e]
+            grad_h = torch.empty_like(h_QF)
+            for rows, dim in _classes(slots):
+                torch.mm(grad_QD[rows, :dim], down_EDF[e, :dim], out=grad_h[rows])
+            a_QF = F.gelu(h_QF, approximate=ctx.gelu)
+            for band in slots.bands:
+                rows, columns = slice(band.tokens), slice(band.low, band.high)
+                torch.mm(grad_QD[rows, columns].t(), a_QF[rows], out=grad_down[e, columns])
+                torch.sum(grad_QD[rows, columns], dim=0, out=grad_down_bias[e, columns])
+            grad_h = torch.ops.aten.gelu_backward(grad_h, h_QF, approximate=ctx.gelu)
+            torch.sum(grad_h, dim=0, out=grad_up_bias[e])
+            for rows, dim in _classes(slots):
+                torch.mm(grad_h[rows], up_EFD[e, :, :dim], out=grad_x[e, rows, :dim])
+            for band in slots.bands:
+                rows, columns = slice(band.tokens), slice(band.low, band.high)
+                torch.mm(grad_h[rows].t(), x_EQD[e, rows, columns], out=grad_up[e, :, columns])
+        return grad_x, grad_up, grad_up_bias, grad_down, grad_down_bias, None, None
+
+
+def _classes(slots: Layout) -> list[tuple[slice, int]]:
+    return [(slice(s.start, s.stop), s.dim) for s in slots.segments]
+
+
+def _equal(num_experts: int, fan_out: int, fan_in: int) -> Tensor:
+    """Xavier-uniform weights, the same for every expert."""
+    one = nn.init.xavier_uniform_(torch.empty(fan_out, fan_in))
+    return one.repeat(num_experts, 1, 1)
