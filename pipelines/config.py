@@ -100,8 +100,9 @@ class TrainConfig:
     Attributes:
         steps: Optimizer steps in all.
         batch_size: Images of one step over all workers together.
-        budgets: Effective capacities to train at. One is drawn per step, the same
-            on all workers; a single one trains at a fixed budget.
+        budgets: Effective capacities to train at; a single one trains at a fixed budget.
+        budgets_per_step: "one" is drawn per step, the same on all workers (Train-Adaptive), or
+            "all" are computed in every step and their losses added (MatViT).
         seed: Seed of the initial weights, the sample order, augmentation and budgets.
         log_every: Steps between metric rows.
         eval_every: Steps between evaluations on the validation set.
@@ -114,6 +115,7 @@ class TrainConfig:
     steps: int = 1000
     batch_size: int = 64
     budgets: tuple[float, ...] = (0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
+    budgets_per_step: Literal["one", "all"] = "one"
     seed: int = 0
     log_every: int = 50
     eval_every: int = 500

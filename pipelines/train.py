@@ -102,22 +102,37 @@ def train_step(run: Run, step: int, batch: Batch) -> Tensor:
         batch: This rank's share of the global batch, on the device.
 
     Returns:
-        Loss of this rank in nats and norm of the averaged gradient before clipping, shape
-        [2], on the device.
+        Loss of this rank in nats (mean over the step's budgets) and norm of the averaged
+        gradient before clipping, shape [2], on the device.
     """
-    optim = run.config.optim
-    run.core.set_effective_capacity(
-        budget_at(step, run.config.train.budgets, run.config.train.seed)
-    )
-    output = run.model(model_input(batch.pixels_BHWC))
-    loss_B = softmax_loss(output.logits_BK, batch.labels_B, label_smoothing=optim.label_smoothing)
-    loss = loss_B.mean() + output.aux_loss
+    plan, optim = run.config.train, run.config.optim
+    torch.manual_seed(noise_seed(plan.seed, step, run.backend.rank))
+    budgets = plan.budgets
+    if plan.budgets_per_step == "one":
+        budgets = (budget_at(step, budgets, plan.seed),)
+    losses = [_loss(run, batch, budget) for budget in budgets]
     run.optimizer.zero_grad()
-    loss.backward()
+    torch.stack(losses).sum().backward()
+    loss = torch.stack(losses).mean()
     norm = nn.utils.clip_grad_norm_(run.core.parameters(), optim.clip_norm)
     set_learning_rate(run.optimizer, learning_rate(step, run.config.train.steps, optim))
     run.optimizer.step()
     return torch.stack([loss.detach(), norm])
+
+
+def _loss(run: Run, batch: Batch, budget: float) -> Tensor:
+    """Mean loss over this rank's images at a budget, with what the sparse routers add."""
+    run.core.set_effective_capacity(budget)
+    output = run.model(model_input(batch.pixels_BHWC))
+    smoothing = run.config.optim.label_smoothing
+    loss_B = softmax_loss(output.logits_BK, batch.labels_B, label_smoothing=smoothing)
+    loss: Tensor = loss_B.mean() + output.aux_loss
+    return loss
+
+
+def noise_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of what routers draw in a step: a resumed run draws what an unbroken one did."""
+    return mix64(mix64(mix64(seed % 2**64) ^ step) ^ (rank + 1))
 
 
 def budget_at(step: int, budgets: Sequence[float], seed: int) -> float:

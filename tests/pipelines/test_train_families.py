@@ -1,0 +1,111 @@
+"""The training loop with every kind of model: routing noise resumes, joint budgets add up."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mone_core.losses import softmax_loss
+from mone_core.models import DENSE, ExpertsConfig, NestingConfig, SkippingConfig
+from pipelines.data.batch import model_input
+from pipelines.train import Outcome, noise_seed
+from tests.pipelines import tiny
+from tests.pipelines.tiny import MemoryReporter, losses, same_bits, state_of, without_clock
+
+EXPERTS = ExpertsConfig(placement="every", num_experts=4, group_images=4)
+CONSTANT = NestingConfig(assignment="constant", effective_capacity=1.0)
+FAMILIES = {
+    "V-MoE": {"nesting": DENSE, "experts": EXPERTS, "pool": "cls"},
+    "nested sparse": {"experts": EXPERTS},
+    "random router": {"nesting": NestingConfig(assignment="random")},
+    "Mixture-of-Depths": {"nesting": DENSE, "skipping": SkippingConfig(every=2, capacity=0.25)},
+    "MatViT": {"nesting": CONSTANT},
+    "MatFormer": {"nesting": replace(CONSTANT, slices="hidden")},
+}
+JOINT = {"budgets": (0.125, 0.25, 0.5, 1.0), "budgets_per_step": "all", "eval_budgets": (1.0,)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny.write_data(tmp_path_factory.mktemp("data"))
+
+
+def config_of(name, data, out, **changes):
+    values = FAMILIES[name]
+    if name in ("MatViT", "MatFormer"):
+        changes = JOINT | changes
+    elif values.get("nesting") == DENSE:
+        changes = {"budgets": (1.0,), "eval_budgets": (1.0,)} | changes
+    config = tiny.tiny_config(data, out)
+    # In one step, since a budget that fits one model may be out of another one's reach.
+    return replace(
+        config, model=replace(config.model, **values), train=replace(config.train, **changes)
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_of_any_family_trains_and_goes_on_after_a_stop_to_the_bit(name, data, tmp_path):
+    whole = config_of(name, data, tmp_path / "whole", steps=8)
+    broken = replace(whole, out=tmp_path / "broken")
+
+    outcome, rows = tiny.train_here(whole)
+    first, before = tiny.train_here(broken, MemoryReporter(stop_at=4))
+    torch.rand(7)  # whatever else has drawn numbers in between
+    second, after = tiny.train_here(broken)
+
+    assert (outcome, first, second) == (Outcome.FINISHED, Outcome.STOPPED, Outcome.FINISHED)
+    assert without_clock(before + after) == without_clock(rows)
+    assert same_bits(state_of(broken.out), state_of(whole.out))
+    assert all(math.isfinite(loss) for loss in losses(rows))
+
+
+def test_all_budgets_of_a_step_add_their_losses(data, tmp_path):
+    """The gradient is that of the sum, and the loss told is the mean."""
+    config = config_of("MatViT", data, tmp_path / "run", steps=1, log_every=1, checkpoint_every=1)
+    run = tiny.build_here(config, MemoryReporter())
+    torch.nn.init.normal_(run.core.head.classify.weight)
+    batch, _ = next(run.stream.batches(run.start))
+    sums = []
+    for budget in JOINT["budgets"]:
+        run.core.set_effective_capacity(budget)
+        logits = run.core(model_input(batch.pixels_BHWC)).logits_BK
+        sums.append(softmax_loss(logits, batch.labels_B, label_smoothing=0.1).mean())
+    sum(sums).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in run.core.parameters()])
+
+    from_start = tiny.build_here(config, reporter := MemoryReporter())
+    from_start.core.load_state_dict(run.core.state_dict())
+    tiny.train(from_start)
+
+    assert reporter.rows[0].values["loss"] == pytest.approx(sum(sums).item() / 4, rel=1e-5)
+    assert reporter.rows[0].values["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+
+
+def rows_of_rank(backend, config, folder):
+    """What each rank does; rank 0 leaves its losses."""
+    _, rows = tiny.train_here(config, backend=backend)
+    if backend.rank == 0:
+        (folder / "losses.json").write_text(json.dumps(losses(rows)))
+
+
+def test_two_processes_train_all_budgets_as_one_does(data, tmp_path):
+    alone = config_of("MatViT", data, tmp_path / "alone", steps=4)
+    _, rows = tiny.train_here(alone)
+    two = replace(alone, out=tmp_path / "two", parallel=replace(alone.parallel, num_workers=2))
+
+    tiny.on_ranks(rows_of_rank, tmp_path, two, tmp_path)
+
+    assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(
+        losses(rows), abs=1e-5
+    )
+
+
+def test_ranks_and_steps_draw_different_noise():
+    seeds = {
+        noise_seed(seed, step, rank) for seed in (0, -1) for step in range(9) for rank in (0, 1)
+    }
+
+    assert len(seeds) == 36
+    assert all(0 <= seed < 2**64 for seed in seeds)
