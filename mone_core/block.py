@@ -9,11 +9,13 @@ Source: arXiv 2407.19985, section 3.1, eq. 1 and 5 to 7; the place of the layer 
 (before each branch, over all D features) follows the ViTs that it starts from.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from mone_core.nested import Layout, nested_in, nested_mlp, nested_out
 
@@ -35,12 +37,31 @@ class NestedAttention(nn.Module):
         """Attend among `x` (normalised) and add the result to `residual`."""
         num_tokens, batch, dim = x_NBD.shape
         qkv = nested_in(x_NBD, self.qkv.weight, self.qkv.bias, layout)
-        # Taken apart where they lie, so that their gradients are put together in one copy.
-        parts = qkv.view(num_tokens, batch, 3, self.heads, -1).unbind(2)
-        q, k, v = (part_NBHd.permute(1, 2, 0, 3) for part_NBHd in parts)
+        q, k, v = _Heads.apply(qkv, self.heads)  # type: ignore[no-untyped-call]
         mixed_BHNd = F.scaled_dot_product_attention(q, k, v)
         mixed_NBD = mixed_BHNd.permute(2, 0, 1, 3).reshape(num_tokens, batch, dim)
         return nested_out(residual_NBD, mixed_NBD, self.out.weight, self.out.bias, layout)
+
+
+class _Heads(Function):
+    """Queries, keys and values `BHNd` as views of `NB3D`; their gradients meet in one copy each.
+
+    Left to autograd, the three are stacked and what is stacked is copied once more.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv_NBX: Tensor, heads: int) -> tuple[Tensor, ...]:
+        num_tokens, batch, _ = qkv_NBX.shape
+        return qkv_NBX.view(num_tokens, batch, 3, heads, -1).permute(2, 1, 3, 0, 4).unbind(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads_BHNd: Tensor) -> tuple[Tensor, None]:
+        batch, heads, num_tokens, per_head = grads_BHNd[0].shape
+        grad_NB3Hd = grads_BHNd[0].new_empty(num_tokens, batch, 3, heads, per_head)
+        for index, grad_BHNd in enumerate(grads_BHNd):
+            grad_NB3Hd[:, :, index].copy_(grad_BHNd.permute(2, 0, 1, 3))
+        return grad_NB3Hd.flatten(2), None
 
 
 class NestedMlp(nn.Module):

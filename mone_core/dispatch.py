@@ -40,7 +40,7 @@ class SlotPlan:
         row_EQ: Row of the token in each slot; any row where the slot is empty.
         filled_EQ: Whether the slot is filled.
         choice_EQ: Row * K + choice that fills the slot.
-        slot_RK: Slot of every choice, expert * Q + place; any slot where it was dropped.
+        slot_RK: Slot of every choice, expert * Q + place; another filled one where it was dropped.
         kept_RK: Whether the choice has a slot.
         weight_RK: Routing weight, 0 where dropped; carries gradient to the router.
         assignments: What the tables were made from, one per class, widest first.
@@ -126,7 +126,7 @@ class _Dispatch(Function):
     def forward(ctx: Any, x_NBD: Tensor, plan: SlotPlan) -> Tensor:
         ctx.plan, ctx.shape = plan, x_NBD.shape
         x_RD = x_NBD.reshape(-1, x_NBD.shape[2])
-        return _to_slots(x_RD, plan, None)
+        return _to_slots(x_RD, plan, None, x_RD.dtype)
 
     @staticmethod
     @once_differentiable
@@ -171,16 +171,17 @@ class _Combine(Function):
         for rows, dim in _row_blocks(plan.tokens, grad_NBD.shape[1]):
             for k, slot in enumerate(plan.slot_RK[rows].unbind(1)):
                 y = y_PD[:, :dim].index_select(0, slot)
-                torch.linalg.vecdot(grad_RD[rows, :dim].to(y.dtype), y, out=grad_weight_RK[rows, k])
+                torch.sum(grad_RD[rows, :dim] * y, dim=1, out=grad_weight_RK[rows, k])
         grad_weight_RK *= plan.kept_RK
         weight_EQ = weight_RK.take(plan.choice_EQ) * plan.filled_EQ
-        return grad_NBD, _to_slots(grad_RD, plan, weight_EQ), grad_weight_RK, None
+        grad_y_EQD = _to_slots(grad_RD, plan, weight_EQ, y_EQD.dtype)
+        return grad_NBD, grad_y_EQD, grad_weight_RK, None
 
 
-def _to_slots(x_RD: Tensor, plan: SlotPlan, weight_EQ: Tensor | None) -> Tensor:
+def _to_slots(x_RD: Tensor, plan: SlotPlan, weight_EQ: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Rows into slots, `EQD`, times a weight per slot; features past a class's width stay unset."""
     num_experts, num_slots = plan.row_EQ.shape
-    out_EQD = x_RD.new_empty(num_experts, num_slots, x_RD.shape[1])
+    out_EQD = x_RD.new_empty(num_experts, num_slots, x_RD.shape[1], dtype=dtype)
     for slots in plan.slots.segments:
         at = slice(slots.start, slots.stop)
         x = x_RD[:, : slots.dim].index_select(0, plan.row_EQ[:, at].flatten())

@@ -14,12 +14,12 @@ Q slots of an expert, G groups of S tokens.
 Source: arXiv 2106.05974, section 2.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -29,7 +29,14 @@ from mone_core.dispatch import by_group, combine, dispatch, plan_slots
 from mone_core.errors import CapacityError, RoutingError
 from mone_core.flops import linear_macs
 from mone_core.losses import gshard_loss, importance_loss, load_loss, router_z_loss
-from mone_core.nested import Layout
+from mone_core.nested import (
+    KeptRows,
+    Layout,
+    MlpWeights,
+    as_autocast,
+    mlp_rows,
+    mlp_rows_backward,
+)
 from mone_core.routing import (
     Assignment,
     Rounding,
@@ -92,8 +99,8 @@ class ExpertsConfig:
                 f"experts.k must be experts.num_experts or fewer, got {self.k} of "
                 f"{self.num_experts}"
             )
-        if not self.capacity_ratio > 0:
-            yield f"experts.capacity_ratio must be above 0, got {self.capacity_ratio}"
+        if not 0 < self.capacity_ratio < math.inf:
+            yield f"experts.capacity_ratio must be above 0 and finite, got {self.capacity_ratio}"
         most = depth if self.placement == "every" else depth // 2
         if self.spacing > most:
             yield (
@@ -215,18 +222,15 @@ class SparseMlp(nn.Module):
         self, *, k: int | None, capacity_ratio: float | None, batch_priority: bool | None
     ) -> None:
         """Change what is not None, from the next forward pass on; see `ViT.set_capacity`."""
-        if k is not None:
-            if not 1 <= k <= self.config.num_experts:
-                raise RoutingError(
-                    f"k must lie between 1 and the {self.config.num_experts} experts, got {k}"
-                )
-            self.k = k
-        if capacity_ratio is not None:
-            if not capacity_ratio > 0:
-                raise CapacityError(f"capacity_ratio must be above 0, got {capacity_ratio}")
-            self.capacity_ratio = capacity_ratio
-        if batch_priority is not None:
-            self.batch_priority = batch_priority
+        if k is not None and not 1 <= k <= self.config.num_experts:
+            raise RoutingError(
+                f"k must lie between 1 and the {self.config.num_experts} experts, got {k}"
+            )
+        if capacity_ratio is not None and not 0 < capacity_ratio < math.inf:
+            raise CapacityError(f"capacity_ratio must be above 0 and finite, got {capacity_ratio}")
+        self.k = self.k if k is None else k
+        self.capacity_ratio = self.capacity_ratio if capacity_ratio is None else capacity_ratio
+        self.batch_priority = self.batch_priority if batch_priority is None else batch_priority
 
     def _groups(
         self,
@@ -248,7 +252,7 @@ class SparseMlp(nn.Module):
         if gate_NB1 is not None:
             weight_RK = weight_RK * gate_NB1.reshape(-1, 1)
         y_EQD = self.bank(dispatch(x_NBD, plan), plan.slots)
-        out_NBD = combine(residual_NBD, y_EQD, weight_RK.to(y_EQD.dtype), plan)
+        out_NBD = combine(residual_NBD, y_EQD, weight_RK, plan)
         aux_loss = self._aux_loss(by_group(logits_NBE, group), by_group(noisy_NBE, group), std)
         return out_NBD, Dispatched(aux_loss, plan.assignments)
 
@@ -284,7 +288,7 @@ class ExpertBank(nn.Module):
 
     def __init__(self, num_experts: int, dim: int, hidden: int, gelu: Gelu) -> None:
         super().__init__()
-        self.gelu = "tanh" if gelu == "tanh" else "none"
+        self.approximate = "tanh" if gelu == "tanh" else "none"
         self.up_weight_EFD = nn.Parameter(_equal(num_experts, hidden, dim))
         self.up_bias_EF = nn.Parameter(torch.zeros(num_experts, hidden))
         self.down_weight_EDF = nn.Parameter(_equal(num_experts, dim, hidden))
@@ -292,24 +296,18 @@ class ExpertBank(nn.Module):
 
     def forward(self, x_EQD: Tensor, slots: Layout) -> Tensor:
         """Every expert on its own slots: `EQD` in and out, features past a slot's width unset."""
+        inputs = as_autocast(
+            x_EQD, self.up_weight_EFD, self.up_bias_EF, self.down_weight_EDF, self.down_bias_ED
+        )
+        learning = torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
         out: Tensor = _Bank.apply(  # type: ignore[no-untyped-call]
-            x_EQD,
-            self.up_weight_EFD,
-            self.up_bias_EF,
-            self.down_weight_EDF,
-            self.down_bias_ED,
-            slots,
-            self.gelu,
+            *inputs, slots, self.approximate, learning
         )
         return out
 
 
 class _Bank(Function):
-    """Expert by expert, so that an expert's hidden layer is still in cache when it is used.
-
-    The activation is computed again in the backward pass: that costs less than to write and read
-    it.
-    """
+    """Expert by expert and class by class, so that a hidden layer is used while in the cache."""
 
     @staticmethod
     def forward(
@@ -320,64 +318,55 @@ class _Bank(Function):
         down_EDF: Tensor,
         down_bias_ED: Tensor,
         slots: Layout,
-        gelu: str,
+        approximate: str,
+        learning: bool,
     ) -> Tensor:
-        h_EQF = x_EQD.new_empty(*x_EQD.shape[:2], up_EFD.shape[1])
+        stacked = (up_EFD, up_bias_EF, down_EDF, down_bias_ED)
         y_EQD = torch.empty_like(x_EQD)
-        for e in range(x_EQD.shape[0]):
+        kept: list[Tensor] = []
+        for x_QD, y_QD, *weights in zip(x_EQD, y_EQD, *stacked, strict=True):
+            expert = MlpWeights(*weights)
             for rows, dim in _classes(slots):
-                torch.addmm(
-                    up_bias_EF[e],
-                    x_EQD[e, rows, :dim],
-                    up_EFD[e, :, :dim].t(),
-                    out=h_EQF[e, rows],
+                y_qd, keep = mlp_rows(
+                    x_QD[rows, :dim], expert.prefix(dim), approximate, learning=learning
                 )
-            a_QF = F.gelu(h_EQF[e], approximate=gelu)
-            for rows, dim in _classes(slots):
-                torch.addmm(
-                    down_bias_ED[e, :dim],
-                    a_QF[rows],
-                    down_EDF[e, :dim].t(),
-                    out=y_EQD[e, rows, :dim],
-                )
-        ctx.save_for_backward(x_EQD, up_EFD, down_EDF, h_EQF)
-        ctx.slots, ctx.gelu = slots, gelu
+                y_QD[rows, :dim] = y_qd
+                kept.extend(keep if learning else ())
+        if learning:
+            ctx.save_for_backward(x_EQD, *stacked, *kept)
+        ctx.slots, ctx.approximate = slots, approximate
         return y_EQD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_EQD: Tensor) -> tuple[Tensor | None, ...]:
-        x_EQD, up_EFD, down_EDF, h_EQF = ctx.saved_tensors
-        slots: Layout = ctx.slots
-        grad_x = torch.empty_like(x_EQD)
-        grad_up, grad_down = torch.empty_like(up_EFD), torch.empty_like(down_EDF)
-        grad_up_bias = up_EFD.new_empty(up_EFD.shape[:2])
-        grad_down_bias = up_EFD.new_empty(down_EDF.shape[:2])
-        past = slots.bands[-1].high
-        grad_up[:, :, past:].zero_()
-        grad_down[:, past:].zero_()
-        grad_down_bias[:, past:].zero_()
-        for e in range(x_EQD.shape[0]):
-            h_QF, grad_QD = h_EQF[e], grad_EQD[e]
-            grad_h = torch.empty_like(h_QF)
-            for rows, dim in _classes(slots):
-                torch.mm(grad_QD[rows, :dim], down_EDF[e, :dim], out=grad_h[rows])
-            a_QF = F.gelu(h_QF, approximate=ctx.gelu)
-            for band in slots.bands:
-                rows, columns = slice(band.tokens), slice(band.low, band.high)
-                torch.mm(grad_QD[rows, columns].t(), a_QF[rows], out=grad_down[e, columns])
-                torch.sum(grad_QD[rows, columns], dim=0, out=grad_down_bias[e, columns])
-            grad_h = torch.ops.aten.gelu_backward(grad_h, h_QF, approximate=ctx.gelu)
-            torch.sum(grad_h, dim=0, out=grad_up_bias[e])
-            for rows, dim in _classes(slots):
-                torch.mm(grad_h[rows], up_EFD[e, :, :dim], out=grad_x[e, rows, :dim])
-            for band in slots.bands:
-                rows, columns = slice(band.tokens), slice(band.low, band.high)
-                torch.mm(grad_h[rows].t(), x_EQD[e, rows, columns], out=grad_up[e, :, columns])
-        return grad_x, grad_up, grad_up_bias, grad_down, grad_down_bias, None, None
+        x_EQD, *saved = ctx.saved_tensors
+        stacked, kept = MlpWeights(*saved[:4]), iter(saved[4:])  # here with an axis of experts
+        grad_stacked = MlpWeights(*(torch.empty_like(each) for each in stacked))
+        grad_x_EQD = torch.empty_like(x_EQD)
+        past = slice(ctx.slots.reach, None)  # no slot reaches these features
+        grad_stacked.up_FD[:, :, past].zero_()
+        grad_stacked.down_DF[:, past].zero_()
+        grad_stacked.down_bias_D[:, past].zero_()
+        each_expert = zip(grad_EQD, x_EQD, grad_x_EQD, *stacked, *grad_stacked, strict=True)
+        for grad_QD, x_QD, grad_x_QD, *weights in each_expert:
+            expert, grads = MlpWeights(*weights[:4]), MlpWeights(*weights[4:])
+            for rows, dim in _classes(ctx.slots):
+                mlp_rows_backward(
+                    grad_QD[rows, :dim],
+                    x_QD[rows, :dim],
+                    KeptRows(next(kept), next(kept)),
+                    expert.prefix(dim),
+                    ctx.approximate,
+                    grad_weights=grads.prefix(dim),
+                    accumulate=rows.start > 0,
+                    grad_x_rd=grad_x_QD[rows, :dim],
+                )
+        return grad_x_EQD, *grad_stacked, None, None, None
 
 
 def _classes(slots: Layout) -> list[tuple[slice, int]]:
+    """Slots of each width class, and its width."""
     return [(slice(s.start, s.stop), s.dim) for s in slots.segments]
 
 

@@ -63,8 +63,10 @@ def gshard_loss(probs_GSE: Tensor) -> Tensor:
     Source: arXiv 2006.16668, section 2.2, scaled by the number of experts.
     """
     num_experts = probs_GSE.shape[2]
-    favourite_GSE = F.one_hot(probs_GSE.argmax(dim=2), num_experts).to(probs_GSE.dtype)
-    balance_GE = favourite_GSE.mean(dim=1) * probs_GSE.mean(dim=1)
+    favourite_GS1 = probs_GSE.argmax(dim=2, keepdim=True)
+    # Not one_hot, which looks at the indices on the host.
+    is_favourite_GSE = torch.zeros_like(probs_GSE).scatter(2, favourite_GS1, 1.0)
+    balance_GE = is_favourite_GSE.mean(dim=1) * probs_GSE.mean(dim=1)
     return num_experts**2 * balance_GE.mean()
 
 

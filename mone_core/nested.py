@@ -99,7 +99,7 @@ def nested_in(x_NBD: Tensor, weight_FD: Tensor, bias_F: Tensor, layout: Layout) 
 
     Source: arXiv 2407.19985, eq. 5 to 7 (in-projections of attention and MLP).
     """
-    operands = _as_autocast(x_NBD, weight_FD, bias_F)
+    operands = as_autocast(x_NBD, weight_FD, bias_F)
     out: Tensor = _NestedIn.apply(*operands, layout)  # type: ignore[no-untyped-call]
     return out
 
@@ -125,7 +125,7 @@ def nested_out(
 
     Source: arXiv 2407.19985, eq. 1 (gate) and 5 to 7 (out-projections).
     """
-    operands = _as_autocast(h_NBF, weight_DF, bias_D)
+    operands = as_autocast(h_NBF, weight_DF, bias_D)
     out: Tensor = _NestedOut.apply(  # type: ignore[no-untyped-call]
         residual_NBD, gate_NB1, *operands, layout
     )
@@ -155,7 +155,7 @@ def nested_mlp(
     Returns:
         `NBD`, contiguous, a new tensor, of the residual's dtype.
     """
-    operands = _as_autocast(x_NBD, up_FD, up_bias_F, down_DF, down_bias_D)
+    operands = as_autocast(x_NBD, up_FD, up_bias_F, down_DF, down_bias_D)
     inputs = (residual_NBD, gate_NB1, *operands)
     learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     out: Tensor = _NestedMlp.apply(  # type: ignore[no-untyped-call]
@@ -410,7 +410,7 @@ def _zero_past(weight: Tensor, reach: int, dim: int) -> Tensor:
     return grad
 
 
-def _as_autocast(*operands: Tensor) -> tuple[Tensor, ...]:
+def as_autocast(*operands: Tensor) -> tuple[Tensor, ...]:
     """Operands of a product in the dtype that autocast asks for, where it is on.
 
     Autocast casts the operands of torch's own layers and does not know these. What it leaves

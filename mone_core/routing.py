@@ -108,10 +108,11 @@ class Assignment(NamedTuple):
     Attributes:
         expert_GSK: Expert of every choice. Choice 0 is a token's favourite; where experts
             choose, choice e is expert e.
-        slot_GSK: Slot that the choice got, expert * C + place; 0 where it was dropped.
+        slot_GSK: Slot that the choice got, expert * C + place. Where it was dropped, the last
+            slot of its expert, which is full: whoever reads it finds something real.
         kept_GSK: Whether the choice got a slot.
         weight_GSK: Routing weight of the choice, 0 where it was dropped; carries gradient.
-        choice_GEC: Choice that fills each slot, as token * K + k; 0 where it is empty.
+        choice_GEC: Choice that fills each slot, as token * K + k; choice 0 where it is empty.
         filled_GEC: Whether the slot is filled.
     """
 
@@ -140,7 +141,8 @@ def expert_capacity(
             round up to whole numbers and multiples of eight.
 
     Raises:
-        CapacityError: Less than one slot comes out, or the rounding does not exist.
+        CapacityError: Less than one slot comes out, the ratio is not a positive number, or
+            the rounding does not exist.
 
     Source: arXiv 2106.05974, section 2.
     """
@@ -148,6 +150,8 @@ def expert_capacity(
         raise CapacityError(
             f"rounding {rounding!r} does not exist; it must be one of {get_args(Rounding)}"
         )
+    if not 0 < capacity_ratio < math.inf:
+        raise CapacityError(f"capacity ratio must be above 0 and finite, got {capacity_ratio}")
     exact = num_tokens * k * capacity_ratio / num_experts
     if rounding == "nearest":
         slots = round(exact)
@@ -201,7 +205,7 @@ def top_k_assignment(
         place_GKS = _places(expert_GKS, num_experts)
     place_GSK = place_GKS.transpose(1, 2)
     kept_GSK = place_GSK < capacity
-    slot_GSK = (expert_GSK * capacity + place_GSK).where(kept_GSK, 0)
+    slot_GSK = expert_GSK * capacity + place_GSK.clamp(max=capacity - 1)
     weight_GSK = probs_GSE.gather(2, expert_GSK).where(kept_GSK, 0)
     choice_GQ, filled_GQ = _fill(slot_GSK.flatten(1), kept_GSK.flatten(1), num_experts * capacity)
     seats = (-1, num_experts, capacity)
@@ -239,7 +243,7 @@ def expert_choice(probs_GSE: Tensor, capacity: int) -> Assignment:
     kept_GSE = place_GSE < capacity
     return Assignment(
         expert_GSK=expert_E.expand_as(probs_GSE),
-        slot_GSK=(expert_E * capacity + place_GSE).where(kept_GSE, 0),
+        slot_GSK=expert_E * capacity + place_GSE.clamp(max=capacity - 1),
         kept_GSK=kept_GSE,
         weight_GSK=probs_GSE.where(kept_GSE, 0),
         choice_GEC=token_GEC * num_experts + expert_E[:, None],

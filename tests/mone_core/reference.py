@@ -12,12 +12,42 @@ import torch
 import torch.nn.functional as F
 
 from mone_core.losses import softmax_loss
-from mone_core.models import ModelConfig, NestingConfig, build_model
+from mone_core.models import (
+    DENSE,
+    ExpertsConfig,
+    ModelConfig,
+    NestingConfig,
+    SkippingConfig,
+    VideoConfig,
+    build_model,
+)
 from mone_core.models.encoder import Plan
 from mone_core.nested import Layout
 
 TINY = ModelConfig(image_size=8, patch_size=2, num_classes=5, dim=16, depth=2, heads=2)
 _OF_NESTING = {field.name for field in fields(NestingConfig)}
+
+EXPERTS = ExpertsConfig(placement="every", num_experts=4, group_images=2)
+CLIP = VideoConfig(frames=4, tubelet=2, temporal_depth=1)
+# What to change of TINY, in the words of `tiny`.
+EVERY_MODEL = {
+    "nested": {},
+    "nested, class token": {"pool": "cls"},
+    "dense": {"nesting": DENSE},
+    "two routers, the first late": {"depth": 4, "router_layers": (1, 3)},
+    "MatViT": {"assignment": "constant"},
+    "MatFormer": {"assignment": "constant", "slices": "hidden"},
+    "random router": {"assignment": "random"},
+    "MoD greedy": {"allocation": "mod_greedy"},
+    "Mixture-of-Depths": {"nesting": DENSE, "skipping": SkippingConfig(every=2)},
+    "V-MoE": {"nesting": DENSE, "experts": EXPERTS, "pool": "cls", "pre_logits": True},
+    "expert choice": {"nesting": DENSE, "experts": replace(EXPERTS, routing="experts_choose")},
+    "nested sparse": {"experts": EXPERTS},
+    "factorised clips": {"video": CLIP},
+    "factorised clips, class tokens": {"video": CLIP, "pool": "cls", "experts": EXPERTS},
+    "joint clips": {"video": replace(CLIP, attention="joint")},
+    "narrow hidden layer": {"mlp_dim": 24},
+}
 
 
 def tiny(**changes):

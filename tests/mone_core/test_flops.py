@@ -16,11 +16,10 @@ from mone_core.models import (
     ExpertsConfig,
     NestingConfig,
     SkippingConfig,
-    VideoConfig,
     build_model,
 )
 from mone_core.nested import Layout
-from tests.mone_core.reference import changed, tiny
+from tests.mone_core.reference import EVERY_MODEL, changed, random_images, tiny
 
 # GMACs at 224 px with 21,843 classes (Ti: 1000), without the router: dense, all tokens at D/2,
 # D/4 and D/8, budgets .2 to .8, and Mixture-of-Depths.
@@ -174,37 +173,14 @@ def test_a_block_is_the_formula():
     assert linear_macs(7, 3, 5) == 105
 
 
-EXPERTS = ExpertsConfig(placement="every", num_experts=4, group_images=2)
-CLIP = VideoConfig(frames=4, tubelet=2, temporal_depth=1)
-EVERY_MODEL = {
-    "nested": {},
-    "nested, class token": {"pool": "cls"},
-    "dense": {"nesting": DENSE},
-    "two routers, the first late": {"depth": 4, "router_layers": (1, 3)},
-    "MatViT": {"assignment": "constant"},
-    "MatFormer": {"assignment": "constant", "slices": "hidden"},
-    "random router": {"assignment": "random"},
-    "MoD greedy": {"allocation": "mod_greedy"},
-    "Mixture-of-Depths": {"nesting": DENSE, "skipping": SkippingConfig(every=2)},
-    "V-MoE": {"nesting": DENSE, "experts": EXPERTS, "pool": "cls", "pre_logits": True},
-    "expert choice": {"nesting": DENSE, "experts": replace(EXPERTS, routing="experts_choose")},
-    "nested sparse": {"experts": EXPERTS},
-    "factorised clips": {"video": CLIP},
-    "factorised clips, class tokens": {"video": CLIP, "pool": "cls", "experts": EXPERTS},
-    "joint clips": {"video": replace(CLIP, attention="joint")},
-    "narrow hidden layer": {"mlp_dim": 24},
-}
-
-
 @pytest.mark.parametrize("budget", [0.125, 0.5, 1.0])
 @pytest.mark.parametrize("name", EVERY_MODEL)
 def test_a_counter_on_the_real_forward_pass_of_every_model_agrees(name, budget):
     model = build_model(tiny(**EVERY_MODEL[name]))
     if len(model.config.nesting.widths) > 1:
         model.set_effective_capacity(budget)
-    frames = (model.config.video.frames,) if model.config.video.frames > 1 else ()
 
-    counted = flops_of(model, torch.randn(2, *frames, 3, 8, 8))
+    counted = flops_of(model, random_images(2, dtype=torch.float32, config=model.config))
 
     assert counted == pytest.approx(2 * 2 * model.macs(), rel=1e-9)
 

@@ -15,7 +15,9 @@ from mone_core.models import (
     VideoConfig,
     build_model,
 )
+from tests.mone_core.no_sync import NoSync
 from tests.mone_core.reference import (
+    EVERY_MODEL,
     TINY,
     assert_equals_the_reference,
     random_images,
@@ -275,7 +277,7 @@ def test_k_and_ratio_out_of_range_are_refused():
     model = build_model(tiny(nesting=DENSE, experts=EXPERTS))
     with pytest.raises(RoutingError, match=r"k must lie between 1 and the 4 experts, got 5"):
         model.set_capacity(k=5)
-    with pytest.raises(CapacityError, match=r"capacity_ratio must be above 0, got 0"):
+    with pytest.raises(CapacityError, match=r"capacity_ratio must be above 0 and finite, got 0"):
         model.set_capacity(capacity_ratio=0)
 
 
@@ -288,7 +290,7 @@ def test_k_and_ratio_out_of_range_are_refused():
         ),
         (
             {"experts": replace(EXPERTS, capacity_ratio=0.0)},
-            r"experts\.capacity_ratio must be above 0, got 0\.0",
+            r"experts\.capacity_ratio must be above 0 and finite, got 0\.0",
         ),
         (
             {"experts": ExpertsConfig(placement="last", spacing=2)},
@@ -357,3 +359,60 @@ def test_k_and_ratio_out_of_range_are_refused():
 def test_what_cannot_be_is_refused_with_its_value(wrong, says):
     with pytest.raises(ConfigError, match=says):
         ModelConfig(**{"image_size": 8, "patch_size": 2, "dim": 16, "depth": 2, "heads": 2} | wrong)
+
+
+def forward_and_backward(model, pixels):
+    output = model(pixels)
+    (output.logits_BK.square().sum() + output.aux_loss).backward()
+    return output
+
+
+@pytest.mark.parametrize("name", EVERY_MODEL)
+def test_the_host_never_waits_for_a_number_of_any_model(name):
+    model = build_model(tiny(**EVERY_MODEL[name]))
+    pixels = random_images(2, dtype=torch.float32, config=model.config)
+    with NoSync():
+        forward_and_backward(model, pixels)
+
+
+@pytest.mark.parametrize("name", EVERY_MODEL)
+def test_every_model_runs_on_shapes_alone(name):
+    """The meta device has no numbers: no shape depends on one, nothing recompiles for one."""
+    with torch.device("meta"):
+        model = build_model(tiny(**EVERY_MODEL[name]))
+        output = forward_and_backward(model, random_images(2, config=model.config).float())
+
+    assert output.logits_BK.shape == (2, 5)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.usefixtures("_dirty_memory")
+@pytest.mark.parametrize("name", EVERY_MODEL)
+def test_no_element_of_any_gradient_is_left_unwritten(name):
+    model = build_model(tiny(**EVERY_MODEL[name]))
+    torch.nn.init.normal_(model.head.classify.weight)
+
+    forward_and_backward(model, random_images(3, dtype=torch.float32, config=model.config))
+
+    unwritten = [name for name, p in model.named_parameters() if not p.grad.isfinite().all()]
+    assert unwritten == []
+
+
+@pytest.mark.parametrize("name", EVERY_MODEL)
+def test_every_model_trains_under_autocast(name):
+    """Products in bfloat16; weights, gradients and the residual stream stay in float32."""
+    torch.manual_seed(1)
+    model = build_model(tiny(**EVERY_MODEL[name])).eval()
+    torch.nn.init.normal_(model.head.classify.weight)
+    pixels = random_images(2, dtype=torch.float32, config=model.config)
+    exact = model(pixels).logits_BK
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(pixels)
+        loss = output.logits_BK.float().square().mean()
+    loss.backward()
+
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    if not output.routed and not output.dispatched and "Depths" not in name:
+        # 8 bits of mantissa over a few layers; routed tokens may also go another way.
+        torch.testing.assert_close(output.logits_BK.float(), exact, rtol=0.05, atol=0.05)
