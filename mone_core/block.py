@@ -50,13 +50,13 @@ class _Heads(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv_NBX: Tensor, heads: int) -> tuple[Tensor, ...]:
+    def forward(_ctx: Any, qkv_NBX: Tensor, heads: int) -> tuple[Tensor, ...]:
         num_tokens, batch, _ = qkv_NBX.shape
         return qkv_NBX.view(num_tokens, batch, 3, heads, -1).permute(2, 1, 3, 0, 4).unbind(0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads_BHNd: Tensor) -> tuple[Tensor, None]:
+    def backward(_ctx: Any, *grads_BHNd: Tensor) -> tuple[Tensor, None]:
         batch, heads, num_tokens, per_head = grads_BHNd[0].shape
         grad_NB3Hd = grads_BHNd[0].new_empty(num_tokens, batch, 3, heads, per_head)
         for index, grad_BHNd in enumerate(grads_BHNd):

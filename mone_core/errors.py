@@ -5,7 +5,8 @@ MoneError                 anything a user of `mone_core` got wrong; one line, sa
 |-- ConfigError           a configuration object holds values that cannot be
 |-- CapacityError         a compute budget or a token count that cannot be met
 |-- RoutingError          scores and counts that do not fit together
-`-- ShapeError            images of another size or layout than the model was made for
+|-- ShapeError            images of another size or layout than the model was made for
+`-- WeightsError          weights from elsewhere that are not what they must be
 ```
 
 Broken invariants of our own are `assert`s, not members of this tree.
@@ -39,3 +40,7 @@ class RoutingError(MoneError):
 
 class ShapeError(MoneError):
     """Images are of another size or layout than the model was made for."""
+
+
+class WeightsError(MoneError):
+    """Weights from elsewhere are of an unknown kind, not whole, or of another model."""

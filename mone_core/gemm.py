@@ -72,8 +72,8 @@ def gemm(name: GemmName) -> Iterator[None]:
 
 def has_onednn() -> bool:
     """Whether this build of torch can multiply through oneDNN. Its entry is private to torch."""
-    available: bool = torch.backends.mkldnn.is_available()
-    return available and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    built_in: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return built_in and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def fastest_gemm() -> GemmName:
@@ -104,34 +104,30 @@ def linear(
     """`x @ weight.T + bias`, into `out` where it is given. Operands may be strided views."""
     if _by_onednn(x_RK):
         return _onednn(x_RK, weight_MK, bias_M, out)
-    if bias_M is None:
-        return torch.mm(x_RK, weight_MK.t(), out=out)
-    return torch.addmm(bias_M, x_RK, weight_MK.t(), out=out)
+    return _by_torch(bias_M, x_RK, weight_MK.t(), out)
 
 
 def linear_grad_input(grad_RM: Tensor, weight_MK: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Gradient `RK` of a linear layer's input, into `out` where it is given."""
     if _by_onednn(grad_RM):
         return _onednn(grad_RM, weight_MK.t(), None, out)
-    return torch.mm(grad_RM, weight_MK, out=out)
+    return _by_torch(None, grad_RM, weight_MK, out)
 
 
 def linear_grad_parameters(
     grad_RM: Tensor, x_RK: Tensor, weight_MK: Tensor, bias_M: Tensor, *, accumulate: bool
 ) -> None:
     """Write the gradients of a linear layer's weight and bias, or add them to what is there."""
-    if not accumulate:
+    if accumulate:
+        bias_M.add_(grad_RM.sum(0))
+    else:
         torch.sum(grad_RM, dim=0, out=bias_M)
-        if _by_onednn(grad_RM):
-            _onednn(grad_RM.t(), x_RK.t(), None, weight_MK)
-        else:
-            torch.mm(grad_RM.t(), x_RK, out=weight_MK)
-        return
-    bias_M.add_(grad_RM.sum(0))
-    if _by_onednn(grad_RM):
+    if not _by_onednn(grad_RM):
+        _by_torch(weight_MK if accumulate else None, grad_RM.t(), x_RK, weight_MK)
+    elif accumulate:
         weight_MK.add_(_onednn(grad_RM.t(), x_RK.t(), None, None))
     else:
-        torch.addmm(weight_MK, grad_RM.t(), x_RK, out=weight_MK)
+        _onednn(grad_RM.t(), x_RK.t(), None, weight_MK)
 
 
 def gelu(h_RF: Tensor, approximate: str, *, out: Tensor) -> None:
@@ -146,7 +142,7 @@ def gelu(h_RF: Tensor, approximate: str, *, out: Tensor) -> None:
         return
     rows = max(1, _IN_CACHE // h_RF.shape[1])
     linear_term = torch.tensor(_LINEAR, dtype=h_RF.dtype)
-    for h_rF, out_rF in zip(h_RF.split(rows), out.split(rows), strict=True):
+    for h_rF, out_rF in zip(torch.split(h_RF, rows), torch.split(out, rows), strict=True):
         s_rF = torch.addcmul(linear_term, h_rF, h_rF, value=_CUBIC).mul_(h_rF).sigmoid_()
         torch.mul(h_rF, s_rF, out=out_rF)
         if out is not h_RF:
@@ -168,6 +164,15 @@ def gelu_grad(grad_RF: Tensor, kept_RF: Tensor, approximate: str, *, out: Tensor
 
 def _by_onednn(x: Tensor) -> bool:
     return _chosen == "onednn" and x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def _by_torch(added: Tensor | None, left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
+    if out is not None and torch.compiler.is_compiling():
+        # The compiler traces no product into a strided view; it plans such copies itself.
+        return out.copy_(_by_torch(added, left, right, None))
+    if added is None:
+        return torch.mm(left, right, out=out)
+    return torch.addmm(added, left, right, out=out)
 
 
 def _onednn(x_RK: Tensor, weight_MK: Tensor, bias_M: Tensor | None, out: Tensor | None) -> Tensor:

@@ -193,13 +193,19 @@ class KeptRows(NamedTuple):
 
 
 def mlp_rows(
-    x_rd: Tensor, weights: MlpWeights, approximate: str, *, learning: bool
+    x_rd: Tensor,
+    weights: MlpWeights,
+    approximate: str,
+    *,
+    learning: bool,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, KeptRows]:
     """A perceptron on one block of rows of one width; what is kept is void unless learning."""
     h_rF = linear(x_rd, weights.up_FD, weights.up_bias_F)
     act_rF = torch.empty_like(h_rF) if learning else h_rF
     gelu(h_rF, approximate, out=act_rF)
-    return linear(act_rF, weights.down_DF, weights.down_bias_D), KeptRows(h_rF, act_rF)
+    y_rd = linear(act_rF, weights.down_DF, weights.down_bias_D, out=out)
+    return y_rd, KeptRows(h_rF, act_rF)
 
 
 def mlp_rows_backward(
@@ -357,14 +363,17 @@ class _Stream:
     def add(self, rows: slice, branch_rd: Tensor) -> None:
         """Add one class's branch; features past its width are the residual's own."""
         dim = branch_rd.shape[1]
-        residual_rD, out_rD = self.residual_RD[rows], self.out_RD[rows]
+        residual_rd, out_rD = self.residual_RD[rows, :dim], self.out_RD[rows]
+        # Straight into place; the compiler traces no strided `out`, and plans the copy itself.
+        out_rd = None if torch.compiler.is_compiling() else out_rD[:, :dim]
         if self.gate_R1 is None:
-            torch.add(residual_rD[:, :dim], branch_rd, out=out_rD[:, :dim])
+            sum_rd = torch.add(residual_rd, branch_rd, out=out_rd)
         else:
-            gate_r1 = self.gate_R1[rows]
-            torch.addcmul(residual_rD[:, :dim], branch_rd, gate_r1, out=out_rD[:, :dim])
+            sum_rd = torch.addcmul(residual_rd, branch_rd, self.gate_R1[rows], out=out_rd)
             self.branches.append(branch_rd)
-        out_rD[:, dim:].copy_(residual_rD[:, dim:])
+        if out_rd is None:
+            out_rD[:, :dim].copy_(sum_rd)
+        out_rD[:, dim:].copy_(self.residual_RD[rows, dim:])
 
 
 class _StreamGradient:

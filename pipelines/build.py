@@ -11,7 +11,7 @@ from pipelines.data.stream import TrainStream
 from pipelines.evaluate import validation_stream
 from pipelines.optim import build_optimizer
 from pipelines.train import Reporter, Run
-from pipelines.weights import load_weights
+from pipelines.weights import start_from
 
 
 def build_run(config: RunConfig, backend: Backend, reporter: Reporter) -> Run:
@@ -33,10 +33,11 @@ def build_run(config: RunConfig, backend: Backend, reporter: Reporter) -> Run:
 
 def initial_model(config: RunConfig) -> ViT:
     """The weights that training begins with: those of `train.start_from`, or fresh ones."""
+    torch.manual_seed(config.train.seed)  # also for what the weights to start from do not hold
+    model = build_model(config.model)
     if config.train.start_from is not None:
-        return load_weights(config.train.start_from)
-    torch.manual_seed(config.train.seed)
-    return build_model(config.model)
+        start_from(model, config.train.start_from, config.train.start_allow)
+    return model
 
 
 def training_stream(config: RunConfig, backend: Backend) -> TrainStream:

@@ -16,6 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from mone_core.errors import CapacityError, ConfigError
 from mone_core.models import ModelConfig
+from mone_core.warmstart import Allowed
 from pipelines.errors import RunError, UsageError, unknown_name
 from pipelines.files import read_json, write_json
 
@@ -109,7 +110,11 @@ class TrainConfig:
         eval_budgets: Effective capacities of those evaluations.
         checkpoint_every: Steps between checkpoints, a multiple of `log_every`.
         keep_checkpoints: How many of the newest checkpoints stay on disk.
-        start_from: Folder of exported weights to begin with; None begins with fresh ones.
+        start_from: Weights to begin with: a folder that `mone export` wrote, or a `.safetensors`
+            or `.npz` file of timm, Hugging Face, AugReg, big_vision or V-MoE. They may be of a
+            dense, smaller or image model, see `mone_core.warmstart`. None begins with fresh ones.
+        start_allow: Differences from those weights that are meant: "head" (a fresh head),
+            "pool", "gelu", "norm_eps".
     """
 
     steps: int = 1000
@@ -123,6 +128,7 @@ class TrainConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     start_from: Path | None = None
+    start_allow: tuple[Allowed, ...] = ()
 
     def __post_init__(self) -> None:
         problems = _below_one(

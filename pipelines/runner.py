@@ -16,9 +16,10 @@ from types import FrameType
 from cluster.launch import Workers, run_on_workers
 from cluster.mailbox import Mailbox
 from cluster.session import ray_session
-from mone_core.models import ModelConfig
+from mone_core.models import build_model
+from mone_core.warmstart import Report
 from pipelines.checkpoint import newest_checkpoint, step_of
-from pipelines.config import CONFIG, RunConfig, differences, flatten, read_config, write_config
+from pipelines.config import CONFIG, RunConfig, flatten, read_config, write_config
 from pipelines.data.manifest import MANIFEST, read_manifest
 from pipelines.data.order import steps_per_epoch
 from pipelines.errors import DatasetError, RunError, RunFailedError
@@ -27,7 +28,7 @@ from pipelines.metrics import METRICS, MetricRow, read_rows, rewind
 from pipelines.terminal import Terminal
 from pipelines.tracking import Tracker
 from pipelines.train import Outcome
-from pipelines.weights import MODEL_CONFIG
+from pipelines.weights import start_from
 from pipelines.worker import train_worker
 
 DATA = "data.json"
@@ -134,13 +135,14 @@ def check_run(config: RunConfig) -> int:
     Raises:
         RunError: The folder holds something else, a run with other values or of other data.
     """
-    _check_start(config)
     if (config.out / CONFIG).is_file():
         done = steps_done(config.out)
         if done or (config.out / METRICS).is_file():
             _check_same(read_config(config.out), config)
             if done < config.train.steps:
                 _check_data(config)
+        if not done:
+            check_start(config)
         return done
     if config.out.exists():
         if not config.out.is_dir():
@@ -151,6 +153,7 @@ def check_run(config: RunConfig) -> int:
                 f"{config.out} holds something else ({others[0]}"
                 f"{', ...' if len(others) > 1 else ''}) and no run; name a new folder with --out"
             )
+    check_start(config)
     return 0
 
 
@@ -181,18 +184,16 @@ def _data_digests(config: RunConfig) -> dict[str, str]:
     return {p: hashlib.sha256(path.read_bytes()).hexdigest() for p, path in manifests.items()}
 
 
-def _check_start(config: RunConfig) -> None:
-    """The weights to start from must be of the model that is asked for."""
-    start = config.train.start_from
-    if start is None:
-        return
-    theirs = read_json(start / MODEL_CONFIG, ModelConfig, otherwise=RunError)
-    if theirs != config.model:
-        odd = differences(dataclasses.replace(config, model=theirs), config)
-        raise RunError(
-            f"the weights in {start} are of another model: {', '.join(odd)}; set these fields "
-            f"as there, or train without train.start_from"
-        )
+def check_start(config: RunConfig) -> Report | None:
+    """Fit the weights that a run starts from to a throw-away model; what became of them.
+
+    Raises:
+        RunError: They do not fit.
+    """
+    if config.train.start_from is None:
+        return None
+    model = build_model(config.model)
+    return start_from(model, config.train.start_from, config.train.start_allow)
 
 
 def _check_same(old: RunConfig, new: RunConfig) -> None:

@@ -112,7 +112,7 @@ def train_step(run: Run, step: int, batch: Batch) -> Tensor:
         budgets = (budget_at(step, budgets, plan.seed),)
     losses = [_loss(run, batch, budget) for budget in budgets]
     run.optimizer.zero_grad()
-    torch.stack(losses).sum().backward()
+    torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
     loss = torch.stack(losses).mean()
     norm = nn.utils.clip_grad_norm_(run.core.parameters(), optim.clip_norm)
     set_learning_rate(run.optimizer, learning_rate(step, run.config.train.steps, optim))

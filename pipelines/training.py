@@ -8,12 +8,13 @@ from pathlib import Path
 from cluster.launch import check_resources
 from cluster.session import ray_session
 from mone_core.models import build_model
+from mone_core.warmstart import in_few_words
 from pipelines.checkpoint import checkpoint_of, load_weights, step_of
 from pipelines.config import RunConfig
 from pipelines.data.embedded import ensure_data
 from pipelines.locks import alone
 from pipelines.metrics import read_rows
-from pipelines.runner import check_run, open_run, resolve, run_training, workers_of
+from pipelines.runner import check_run, check_start, open_run, resolve, run_training, workers_of
 from pipelines.terminal import Terminal
 from pipelines.tracking import MlflowTracker, ModelVersion, register, version_of
 from pipelines.train import Outcome
@@ -56,6 +57,8 @@ def train_run(config: RunConfig, terminal: Terminal, *, verbose: bool = False) -
         if not finished:
             check_resources(workers_of(config))
         done = open_run(config)
+        if not done:
+            _tell_start(config, terminal)
         with alone(config.out / LOCK, f"training of {config.out}"):
             outcome, run_id = _trained(config, terminal, finished=finished, verbose=verbose)
     version = None
@@ -64,6 +67,19 @@ def train_run(config: RunConfig, terminal: Terminal, *, verbose: bool = False) -
     return Trained(
         config=config, outcome=outcome, version=version, summary=_line(config, outcome, done)
     )
+
+
+def _tell_start(config: RunConfig, terminal: Terminal) -> None:
+    """Say what became of the weights that a run starts from: nothing is dropped silently."""
+    report = check_start(config)
+    if report is None:
+        return
+    terminal.say(f"starting from {config.train.start_from}: {len(report.filled)} parameters")
+    for what, names in (("fresh", report.fresh), ("left out", report.dropped)):
+        if names:
+            terminal.say(f"  {what}: {', '.join(in_few_words(names))}")
+    for note in report.notes:
+        terminal.say(f"  {note}")
 
 
 def _trained(

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mone_core.block import BoundedScale, NestedBlock
-from mone_core.nested import Layout
+from mone_core.nested import Layout, nested_in
 
 DIMS = (2, 4, 8, 16)
 DIM, HEADS, TOKENS, BATCH = 16, 2, 6, 3
@@ -48,6 +48,84 @@ def test_at_full_width_it_is_the_plain_block(gelu):
     torch.testing.assert_close(
         run(block, x, (0, 0, 0, TOKENS), gate), plain_block(block, x, gate), rtol=0, atol=1e-12
     )
+
+
+def results_of(block, x, gate, counts):
+    """Output, and gradients of the tokens, the gate and every parameter."""
+    x, gate = x.detach().requires_grad_(), gate.detach().requires_grad_()
+    out = run(block, x, counts, gate)
+    leaves = {"x": x, "gate": gate, **dict(block.named_parameters())}
+    grads = torch.autograd.grad((out.float() ** 2).sum(), list(leaves.values()))
+    return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+@pytest.mark.parametrize("gelu", ["tanh", "erf"])
+@pytest.mark.parametrize("counts", [(2, 2, 1, 1), (6, 0, 0, 0), (0, 3, 3, 0)])
+def test_under_autocast_products_are_short_and_the_stream_and_gradients_are_not(gelu, counts):
+    """bfloat16 keeps 8 bits; a few roundings in a row stay within 2 % of the largest element."""
+    block, x = block_of(gelu).float(), tokens().float()
+    gate = torch.rand(TOKENS, BATCH, 1) + 0.5
+    expected = results_of(block, x, gate, counts)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        up = nested_in(x, block.mlp.up.weight, block.mlp.up.bias, Layout.of(counts, DIMS))
+        got = results_of(block, x, gate, counts)
+
+    assert up.dtype == torch.bfloat16
+    for name, value in expected.items():
+        assert got[name].dtype == torch.float32, name
+        assert (got[name] - value).abs().max() <= 0.02 * value.abs().max(), name
+
+
+def test_autocast_leaves_float64_alone():
+    block, x, counts = block_of(), tokens(), (2, 2, 1, 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = run(block, x, counts)
+
+    assert torch.equal(under, run(block, x, counts))
+
+
+@pytest.mark.parametrize("gate_dtype", [torch.float32, torch.bfloat16])
+def test_a_block_of_bfloat16_keeps_to_its_dtype_whatever_the_gates(gate_dtype):
+    block, x, counts = block_of().bfloat16(), tokens().bfloat16(), (2, 2, 1, 1)
+    gate = torch.rand(TOKENS, BATCH, 1).to(gate_dtype)
+    expected = results_of(block_like(block).float(), x.float(), gate.float(), counts)
+    got = results_of(block, x, gate, counts)
+
+    assert got["gate"].dtype == gate_dtype
+    for name, value in expected.items():
+        assert got[name].dtype == (gate_dtype if name == "gate" else torch.bfloat16), name
+        assert (got[name] - value).abs().max() <= 0.05 * value.abs().max(), name
+
+
+def block_like(block):
+    other = block_of()
+    other.load_state_dict(block.state_dict())
+    return other
+
+
+def test_the_gate_may_be_left_out():
+    block, x = block_of(), tokens()
+
+    assert torch.equal(block(x, Layout.of((2, 2, 1, 1), DIMS)), run(block, x, (2, 2, 1, 1)))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
+def test_a_whole_block_compiles_into_one_graph_and_once():
+    """Counts are Python integers: nothing breaks the graph, the second step compiles nothing."""
+    torch.compiler.reset()
+    block, counts = block_of(), (2, 2, 1, 1)
+    gate = torch.rand(TOKENS, BATCH, 1, dtype=torch.float64)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    first, second = tokens(), tokens()
+    results_of(compiled, first, gate, counts)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        got = results_of(compiled, second, gate, counts)
+
+    expected = results_of(block, second, gate, counts)
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            got.get(name, got.get(f"_orig_mod.{name}")), value, rtol=0, atol=1e-10, msg=name
+        )
 
 
 def test_the_two_gelus_differ():

@@ -195,6 +195,18 @@ def test_numerical_gradients_agree(counts, assign, group):
     assert torch.autograd.gradcheck(back, (residual, y, weight), fast_mode=True)
 
 
+@every_plan
+def test_a_dropped_choice_has_a_gradient_of_zero(counts, assign, group):
+    plan = plan_slots(random_probs(), Layout.of(counts, DIMS), group, assign)
+    residual, y = leaf(6, BATCH, 4), leaf(EXPERTS, plan.row_EQ.shape[1], 4)
+    weight = plan.weight_RK.clone().requires_grad_()
+
+    combine(residual, y, weight, plan).sum().backward()
+
+    assert (weight.grad[~plan.kept_RK] == 0).all()
+    assert (weight.grad[plan.kept_RK] != 0).all()
+
+
 def test_operands_and_gradients_may_lie_in_memory_in_any_order():
     plan = plan_slots(random_probs(), Layout.of((2, 1, 3), DIMS), 2, vanilla)
     mask = used(plan)

@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from mone_core.errors import CapacityError
-from mone_core.nested import Band, Layout, Segment, nested_in, nested_out
+from mone_core.nested import Band, Layout, Segment, nested_in, nested_mlp, nested_out
 
 DIMS = (1, 2, 4)
 COUNTS = [(2, 2, 1), (5, 0, 0), (0, 5, 0), (0, 0, 5), (0, 3, 2), (3, 2, 0), (4, 0, 1)]
@@ -32,6 +33,11 @@ def masked_in(x, weight, bias, mask):
 
 def masked_out(residual, h, weight, bias, mask, gate=None):
     return residual + (1 if gate is None else gate) * mask * (h @ weight.t() + bias)
+
+
+def masked_mlp(residual, x, up, up_bias, down, down_bias, mask, gate=None, approximate="tanh"):
+    h = F.gelu(masked_in(x, up, up_bias, mask), approximate=approximate)
+    return masked_out(residual, h, down, down_bias, mask, gate)
 
 
 def leaf(*shape):
@@ -123,6 +129,50 @@ def test_nested_out_equals_a_masked_full_width_layer(counts, gated):
     compare_gradients(out, expected, (x, h, weight, bias, *([gate] if gated else [])))
 
 
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("counts", COUNTS)
+def test_nested_mlp_equals_two_masked_full_width_layers(counts, gated, approximate):
+    x, _, *weights, gate = operands()
+    residual, gate = leaf(5, BATCH, 4), gate if gated else None
+    out = nested_mlp(residual, x, *weights, Layout.of(counts, DIMS), gate, approximate=approximate)
+    expected = masked_mlp(residual, x, *weights, mask_of(counts), gate, approximate)
+
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
+    assert out.is_contiguous()
+    inputs = (residual, x, *weights, *([gate] if gated else []))
+    compare_gradients(out, expected, inputs)
+
+
+def test_nested_mlp_gives_the_same_numbers_whether_or_not_gradients_are_wanted():
+    x, _, *weights, gate = operands()
+    arguments = (leaf(5, BATCH, 4), x, *weights, Layout.of((2, 2, 1), DIMS), gate)
+    learning = nested_mlp(*arguments)
+    with torch.no_grad():
+        plain = nested_mlp(*arguments)
+    with torch.inference_mode():
+        inference = nested_mlp(*arguments)
+
+    assert learning.requires_grad
+    assert not plain.requires_grad
+    assert torch.equal(plain, learning)
+    assert torch.equal(inference, learning)
+
+
+def test_a_graph_that_is_kept_can_be_walked_twice():
+    """Nothing that was saved is written over."""
+    x, h, weight_up, bias_up, weight_down, bias_down, gate = operands()
+    layout = Layout.of((2, 2, 1), DIMS)
+    mlp = nested_mlp(x, x, weight_up, bias_up, weight_down, bias_down, layout, gate)
+    plain = nested_out(x, h, weight_down, bias_down, layout, gate)
+    out = mlp.sum() + plain.sum() + nested_in(x, weight_up, bias_up, layout).sum()
+    leaves = (x, h, weight_up, bias_up, weight_down, bias_down, gate)
+
+    once = torch.autograd.grad(out, leaves, retain_graph=True)
+    twice = torch.autograd.grad(out, leaves)
+    assert all(torch.equal(one, other) for one, other in zip(once, twice, strict=True))
+
+
 def compare_gradients(out, expected, inputs):
     seed = torch.randn_like(out)
     ours = torch.autograd.grad(out, inputs, seed)
@@ -144,6 +194,10 @@ def test_numerical_gradients_agree(counts):
         lambda x, h, w, b, g: nested_out(x, h, w, b, layout, g),
         (x, h, weight_down, bias_down, gate),
     )
+    assert torch.autograd.gradcheck(
+        lambda *a: nested_mlp(*a[:-1], layout, a[-1]),
+        (x, leaf(*x.shape), weight_up, bias_up, weight_down, bias_down, gate),
+    )
 
 
 def test_operands_and_gradients_may_lie_in_memory_in_any_order():
@@ -164,13 +218,17 @@ def test_operands_and_gradients_may_lie_in_memory_in_any_order():
     theirs = torch.autograd.grad(masked_out(*inputs, mask, gate).sum(), (*inputs, gate))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    inputs = (leaf(4, BATCH, 5).permute(2, 1, 0), x, weight_up, bias_up, weight_down, bias_down)
+    mlp, expected = nested_mlp(*inputs, layout, gate), masked_mlp(*inputs, mask, gate)
+    compare_gradients(mlp, expected, (*inputs, gate))
 
 
 def test_the_residual_is_read_and_never_written():
-    x, h, _, _, weight, bias, gate = operands()
-    before = x.detach().clone()
+    x, h, weight_up, bias_up, weight, bias, gate = operands()
+    layout, before = Layout.of((2, 2, 1), DIMS), x.detach().clone()
 
-    nested_out(x, h, weight, bias, Layout.of((2, 2, 1), DIMS), gate).sum().backward()
+    nested_out(x, h, weight, bias, layout, gate).sum().backward()
+    nested_mlp(x, leaf(*x.shape), weight_up, bias_up, weight, bias, layout, gate).sum().backward()
 
     assert torch.equal(x, before)
 
@@ -191,9 +249,13 @@ def test_what_lies_past_a_tokens_width_is_never_read():
 
     out = nested_in(poisoned, weight, bias, Layout.of(counts, DIMS))
     (grad_weight,) = torch.autograd.grad(out.sum(), weight)
+    mlp = nested_mlp(x, poisoned, weight, bias, *operands()[4:6], Layout.of(counts, DIMS))
+    (grad_up,) = torch.autograd.grad(mlp.sum(), weight)
 
     assert out.isfinite().all()
     assert grad_weight.isfinite().all()
+    assert mlp.isfinite().all()
+    assert grad_up.isfinite().all()
 
 
 @pytest.mark.usefixtures("_dirty_memory")
@@ -209,9 +271,10 @@ def test_no_element_of_a_result_or_gradient_is_left_unwritten(counts):
     up = nested_in(x, weight_up, bias_up, layout)
     down = nested_out(x, h, weight_down, bias_down, layout, gate)
     plain = nested_out(x, h, weight_down, bias_down, layout)
-    (up.sum() + down.sum() + plain.sum()).backward()
+    mlp = nested_mlp(x, x, weight_up, bias_up, weight_down, bias_down, layout, gate)
+    (up.sum() + down.sum() + plain.sum() + mlp.sum()).backward()
 
-    results = {"up": up, "down": down, "plain": plain}
+    results = {"up": up, "down": down, "plain": plain, "mlp": mlp}
     leaves = {"x": x, "h": h, "weight_up": weight_up, "bias_up": bias_up}
     leaves |= {"weight_down": weight_down, "bias_down": bias_down, "gate": gate}
     results |= {name: value.grad for name, value in leaves.items()}
@@ -232,6 +295,11 @@ def test_weights_that_no_token_reaches_get_a_gradient_of_exactly_zero(counts):
     assert (weight_down.grad[reached:] == 0).all()
     assert (bias_down.grad[reached:] == 0).all()
 
+    weights = [leaf(*w.shape) for w in (weight_up, bias_up, weight_down, bias_down)]
+    nested_mlp(x, x, *weights, layout).sum().backward()
+    assert (weights[0].grad[:, reached:] == 0).all()
+    assert all((weight.grad[reached:] == 0).all() for weight in weights[2:])
+
 
 @pytest.mark.parametrize("counts", COUNTS)
 def test_all_three_products_cost_only_the_features_that_are_used(counts):
@@ -248,6 +316,11 @@ def test_all_three_products_cost_only_the_features_that_are_used(counts):
     with FlopCounterMode(display=False) as counter:
         nested_out(x, h, weight_down, bias_down, layout, gate).sum().backward()
         assert counter.get_total_flops() == 3 * once
+    with FlopCounterMode(display=False) as counter:
+        out = nested_mlp(x, x, weight_up, bias_up, weight_down, bias_down, layout, gate)
+        assert counter.get_total_flops() == 2 * once
+        out.sum().backward()
+        assert counter.get_total_flops() == 6 * once
 
 
 def test_a_second_derivative_is_refused_rather_than_wrong():

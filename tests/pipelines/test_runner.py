@@ -238,8 +238,8 @@ def test_weights_of_another_model_are_refused_and_no_folder_is_made(config, weig
 
     with pytest.raises(
         RunError,
-        match=rf"the weights in {weights} are of another model: model\.depth 2 -> 3; set these "
-        r"fields as there, or train without train\.start_from",
+        match=rf"train\.start_from {weights}: .*encoder\.blocks\.2\..*; set model\.\* as there, or "
+        r"allow what is meant with train\.start_allow",
     ):
         open_run(config)
 
@@ -247,7 +247,7 @@ def test_weights_of_another_model_are_refused_and_no_folder_is_made(config, weig
 
 
 def test_missing_weights_are_refused_and_no_folder_is_made(config, tmp_path):
-    with pytest.raises(RunError, match=r"none/model\.json does not exist"):
+    with pytest.raises(RunError, match=r"train\.start_from .*/none does not exist; give a folder"):
         open_run(part(config, "train", start_from=tmp_path / "none"))
 
     assert not config.out.exists()
