@@ -215,6 +215,11 @@ class RunConfig:
                 f"data.eval_resize must be at least model.image_size, got "
                 f"{self.data.eval_resize} and {self.model.image_size}"
             )
+        if self.model.video.frames > 1:
+            problems.append(
+                f"model.video.frames must be 1, got {self.model.video.frames}: runs read images; "
+                f"clip models are built with mone_core alone"
+            )
         for name in ("budgets", "eval_budgets"):
             for budget in getattr(self.train, name):
                 try:

@@ -55,7 +55,7 @@ def report_run(run: Path) -> ReportContent:
         summary=_summary(run, config),
         rows=tuple(read_rows(run)),
         results=(read_results(run),) if (run / RESULTS).is_file() else (),
-        routing=_routing(run, config),
+        routing=_routing(run, config) if config.model.nesting.routed else None,
         verdict=None,
         config_yaml=to_yaml(config),
     )
@@ -87,7 +87,7 @@ def _summary(run: Path, config: RunConfig) -> tuple[tuple[str, str], ...]:
         ("Recipe", config.recipe),
         (
             "Model",
-            f"MoNE ViT, D={sizes.dim}, {sizes.depth} layers, {sizes.num_patches} tokens of "
+            f"{sizes.family}, D={sizes.dim}, {sizes.depth} layers, {sizes.num_patches} tokens of "
             f"{sizes.image_size} px images, widths {', '.join(map(str, sizes.nesting.widths))}",
         ),
         ("Parameters", f"{parameters:,}"),

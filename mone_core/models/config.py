@@ -185,6 +185,21 @@ class ModelConfig:
             raise ConfigError("model", problems)
 
     @property
+    def family(self) -> str:
+        """What such a model is called: "MoNE ViT", "V-MoE", "nested V-MoE", "ViViT" and so on."""
+        nesting = self.nesting
+        body = "V-MoE" if self.experts.placement != "none" else "ViT"
+        if self.video.frames > 1:
+            body = body.replace("ViT", "ViViT") + ("" if body == "ViT" else " on clips")
+        if self.skipping.every:
+            return f"Mixture-of-Depths {body}"
+        if len(nesting.widths) == 1:
+            return body
+        if nesting.assignment == "constant":
+            return {"model": "MatViT", "hidden": "MatFormer"}[nesting.slices] + f" ({body})"
+        return f"nested {body}" if "MoE" in body else f"MoNE {body}"
+
+    @property
     def hidden(self) -> int:
         """Hidden width F of the MLPs."""
         return 4 * self.dim if self.mlp_dim is None else self.mlp_dim

@@ -3,6 +3,7 @@
 import math
 import random
 
+import numpy as np
 import pytest
 
 from mone_core.capacity import (
@@ -72,6 +73,30 @@ def test_shares_add_up_and_spend_exactly_the_budget(form, beta):
         assert min(shares) >= 0
         assert math.fsum(shares) == pytest.approx(1, abs=1e-14)
         assert mean_width(shares) == pytest.approx(budget, abs=1e-14)
+
+
+@pytest.mark.parametrize("num_experts", range(2, 9))
+@pytest.mark.parametrize("form", ["fraction", "product"])
+def test_any_number_of_experts_gets_the_shares_of_a_general_solver(num_experts, form):
+    optimize = pytest.importorskip("scipy.optimize", reason="the general solver is SciPy's")
+    widths = tuple(2.0 ** (i + 1 - num_experts) for i in range(num_experts))
+    preference = np.array([2.0 ** (-i if form == "fraction" else i) for i in range(num_experts)])
+    for budget in np.linspace(widths[0], 1, 8)[1:-1]:
+        solved = optimize.minimize(
+            lambda c: -(c @ preference) + 10 * (c @ np.log(np.maximum(c, 1e-300))),
+            jac=lambda c: -preference + 10 * (np.log(np.maximum(c, 1e-300)) + 1),
+            x0=np.full(num_experts, 1 / num_experts),
+            bounds=[(0, 1)] * num_experts,
+            constraints=[
+                {"type": "eq", "fun": lambda c: c.sum() - 1},
+                {"type": "eq", "fun": lambda c, budget=budget: c @ widths - budget},
+            ],
+            method="SLSQP",
+            options={"ftol": 1e-14, "maxiter": 500},
+        )
+
+        shares = capacity_distribution(float(budget), widths, form=form)
+        assert shares == pytest.approx(solved.x.tolist(), abs=1e-6)
 
 
 @pytest.mark.parametrize("form", ["fraction", "product"])

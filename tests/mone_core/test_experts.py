@@ -221,6 +221,19 @@ def test_the_residual_and_the_input_are_read_and_never_written():
     assert all(torch.equal(*pair) for pair in zip((residual, x, gate), before, strict=True))
 
 
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("counts", [(0, 0, 0, 7), (2, 2, 1, 2)])
+def test_without_gradients_the_layer_computes_the_same(without, counts):
+    layer, layout = random_layer(), Layout.of(counts, DIMS)
+    residual, x, gate = operands(5, layout)
+    expected, _ = layer(residual, x, layout, gate)
+
+    with without():
+        out, _ = layer(residual, x, layout, gate)
+
+    assert torch.equal(out, expected)
+
+
 def test_two_runs_agree_to_the_last_bit():
     layer, (residual, x, gate) = random_layer(), operands(batch=5)
     runs = []

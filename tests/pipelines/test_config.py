@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mone_core.errors import ConfigError
-from mone_core.models import ModelConfig, NestingConfig
+from mone_core.models import ModelConfig, NestingConfig, VideoConfig
 from pipelines.config import (
     CONFIG,
     DataConfig,
@@ -202,6 +202,11 @@ def test_a_budget_out_of_range_names_its_field_and_what_is_reachable(name, budge
         r"between 0\.125 .* and 1\.0",
     ):
         base(train=replace(TrainConfig(), **{name: (0.5, budget)}))
+
+
+def test_clips_are_refused_as_long_as_runs_read_images():
+    with pytest.raises(ConfigError, match=r"run: model\.video\.frames must be 1, got 8: runs read"):
+        base(model=ModelConfig(video=VideoConfig(frames=8)))
 
 
 def test_the_reachable_range_is_that_of_the_models_own_widths():

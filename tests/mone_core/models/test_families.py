@@ -361,6 +361,23 @@ def test_what_cannot_be_is_refused_with_its_value(wrong, says):
         ModelConfig(**{"image_size": 8, "patch_size": 2, "dim": 16, "depth": 2, "heads": 2} | wrong)
 
 
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("nested", "MoNE ViT"),
+        ("dense", "ViT"),
+        ("MatViT", "MatViT (ViT)"),
+        ("MatFormer", "MatFormer (ViT)"),
+        ("Mixture-of-Depths", "Mixture-of-Depths ViT"),
+        ("V-MoE", "V-MoE"),
+        ("nested sparse", "nested V-MoE"),
+        ("factorised clips", "MoNE ViViT"),
+    ],
+)
+def test_a_model_is_called_by_its_name(name, family):
+    assert tiny(**EVERY_MODEL[name]).family == family
+
+
 def forward_and_backward(model, pixels):
     output = model(pixels)
     (output.logits_BK.square().sum() + output.aux_loss).backward()
