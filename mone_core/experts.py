@@ -17,6 +17,7 @@ Source: arXiv 2106.05974, section 2.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -198,25 +199,39 @@ class SparseMlp(nn.Module):
             aux_loss, told[0].assignments + told[1].assignments
         )
 
-    def capacity(self, num_tokens: int) -> int:
-        """Slots of one expert for a group of tokens of one width class."""
+    def capacity(self, num_tokens: int, of_group: int) -> int:
+        """Slots of one expert for the tokens of one width class of a group.
+
+        A class has one slot at least, however few tokens a budget or the rest of a batch leave it.
+
+        Args:
+            num_tokens: Tokens of the class, over all images of the group.
+            of_group: Tokens of all classes.
+
+        Raises:
+            CapacityError: The group as a whole is worth less than one slot.
+        """
         config = self.config
         choices = self.k if config.routing == "tokens_choose" else 1
-        return expert_capacity(
-            num_tokens, choices, config.num_experts, self.capacity_ratio, rounding=config.rounding
-        )
+        rule = (choices, config.num_experts, self.capacity_ratio)
+        whole = expert_capacity(of_group, *rule, rounding=config.rounding)
+        if num_tokens == of_group:
+            return whole
+        few = num_tokens * choices * self.capacity_ratio < config.num_experts
+        return expert_capacity(num_tokens, *rule, rounding="ceil" if few else config.rounding)
 
     def macs(self, layout: Layout) -> int:
         """Multiply-accumulates per image: the router, and every slot, filled or not."""
         config = self.config
-        num_tokens = layout.segments[-1].stop
+        num_tokens, images = layout.segments[-1].stop, config.group_images
         in_slots = sum(
-            self.capacity(config.group_images * (segment.stop - segment.start)) * segment.dim
+            segment.dim
+            * self.capacity(images * (segment.stop - segment.start), images * num_tokens)
             for segment in layout.segments
         )
         hidden = self.bank.up_bias_EF.shape[1]
         scores = linear_macs(num_tokens, layout.dim, config.num_experts)
-        return scores + round(2 * hidden * config.num_experts * in_slots / config.group_images)
+        return scores + round(2 * hidden * config.num_experts * in_slots / images)
 
     def set_capacity(
         self, *, k: int | None, capacity_ratio: float | None, batch_priority: bool | None
@@ -247,7 +262,8 @@ class SparseMlp(nn.Module):
         std = self.config.noise / self.config.num_experts
         if self.training and std:
             noisy_NBE = logits_NBE + std * torch.randn_like(logits_NBE)
-        plan = plan_slots(noisy_NBE.softmax(dim=-1), layout, group, self._assign)
+        assign = partial(self._assign, of_group=group * x_NBD.shape[0])
+        plan = plan_slots(noisy_NBE.softmax(dim=-1), layout, group, assign)
         weight_RK = plan.weight_RK
         if gate_NB1 is not None:
             weight_RK = weight_RK * gate_NB1.reshape(-1, 1)
@@ -256,8 +272,8 @@ class SparseMlp(nn.Module):
         aux_loss = self._aux_loss(by_group(logits_NBE, group), by_group(noisy_NBE, group), std)
         return out_NBD, Dispatched(aux_loss, plan.assignments)
 
-    def _assign(self, probs_GSE: Tensor) -> Assignment:
-        capacity = self.capacity(probs_GSE.shape[1])
+    def _assign(self, probs_GSE: Tensor, of_group: int) -> Assignment:
+        capacity = self.capacity(probs_GSE.shape[1], of_group)
         if self.config.routing == "experts_choose":
             return expert_choice(probs_GSE, capacity)
         return top_k_assignment(probs_GSE, self.k, capacity, batch_priority=self.batch_priority)

@@ -12,9 +12,9 @@ with GELU between. How a single product is computed is in `gemm`.
 
 Axes: N tokens sorted by width, B images, D model width, F hidden width, R = N * B rows.
 
-How the gradients are cut: a product that contracts over the nested dimension runs per
-width class, one that produces it runs per *band* of features, where band [low, high) belongs to
-the tokens at least `high` wide. Either way each element of a result is written once.
+Every product, of either pass, runs per width class. The gradient of a weight is a sum over
+classes of different prefixes: the widest class writes, the others add to their prefix, always in
+this order.
 """
 
 from collections.abc import Sequence

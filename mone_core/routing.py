@@ -26,7 +26,7 @@ from mone_core.errors import CapacityError, RoutingError
 
 Rounding = Literal["nearest", "ceil", "ceil4", "ceil8"]
 
-# 1.05 * 160 * 2 / 8 may come out a hair above 42, and its ceiling must not be 43.
+# 100 * 1 * 1.1 / 10 comes out a hair above 11, and its ceiling must not be 12.
 _CEIL_GUARD = 1e-6
 
 

@@ -1,8 +1,8 @@
-"""Other ways to write the two nested linear layers, against the ones that `nested` has.
+"""Other ways to write nested layers and their gradients, against the ones that `nested` has.
 
     python -m tests.benchmarks.bench_forms --threads 1
 
-Forward only. Each form computes the same numbers; what lost is told in LOG.md.
+Each form computes the same numbers; what lost is told in LOG.md.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mone_core.capacity import capacity_distribution, token_counts
+from mone_core.gemm import linear_grad_parameters
 from mone_core.models import VIT_SIZES
-from mone_core.nested import Layout, nested_in, nested_out
+from mone_core.nested import Layout, nested_in, nested_mlp, nested_out
 from tests.benchmarks.harness import BenchRow, Case, Setting, compare, main
 
 BATCH, TOKENS = 8, 196
@@ -86,8 +87,56 @@ class Operands:
             out[: band.tokens, :, columns].addcmul_(branch, self.gate_NB1[: band.tokens])
         return out
 
+    def mlp_dense(self) -> Tensor:
+        """Full width for every token: not the same numbers, the baseline."""
+        h_NBF = F.gelu(self.up_dense(), approximate="tanh")
+        return self.x_NBD + self.gate_NB1 * F.linear(h_NBF, self.down_DF, self.down_bias_D)
 
-FORMS = {"up": ("masked", "joined", "nested"), "down": ("masked", "banded", "nested")}
+    def mlp_nested(self) -> Tensor:
+        """What `mone_core.nested` does: in, GELU and out class by class."""
+        weights = (self.up_FD, self.up_bias_F, self.down_DF, self.down_bias_D)
+        return nested_mlp(self.x_NBD, self.x_NBD, *weights, self.layout, self.gate_NB1)
+
+    def mlp_apart(self) -> Tensor:
+        """All classes in, then torch's GELU of everything, then all classes out."""
+        h_NBF = F.gelu(self.up_nested(), approximate="tanh")
+        weights = (self.down_DF, self.down_bias_D)
+        return nested_out(self.x_NBD, h_NBF, *weights, self.layout, self.gate_NB1)
+
+    def grad_dense(self) -> Tensor:
+        """Full width for every token: not the same numbers, the baseline."""
+        h_RF, x_RD = self.h_NBF.flatten(0, 1), self.x_NBD.flatten(0, 1)
+        grad_FD, _ = h_RF.t() @ x_RD, h_RF.sum(0)  # weight and bias
+        return grad_FD
+
+    def grad_nested(self) -> Tensor:
+        """What `mone_core.nested` does: one product per width class, added to its prefix."""
+        h_RF, x_RD = self.h_NBF.flatten(0, 1), self.x_NBD.flatten(0, 1)
+        grad_FD, grad_F = torch.empty_like(self.up_FD), torch.empty_like(self.up_bias_F)
+        for s in self.layout.segments:
+            rows = slice(s.start * BATCH, s.stop * BATCH)
+            parameters = (grad_FD[:, : s.dim], grad_F)
+            linear_grad_parameters(
+                h_RF[rows], x_RD[rows, : s.dim], *parameters, accumulate=s.start > 0
+            )
+        return grad_FD
+
+    def grad_banded(self) -> Tensor:
+        """One product per band of features, each element written once."""
+        h_RF, x_RD = self.h_NBF.flatten(0, 1), self.x_NBD.flatten(0, 1)
+        grad_FD, _ = torch.empty_like(self.up_FD), h_RF.sum(0)
+        for band in self.layout.bands:
+            rows, columns = slice(band.tokens * BATCH), slice(band.low, band.high)
+            torch.mm(h_RF[rows].t(), x_RD[rows, columns], out=grad_FD[:, columns])
+        return grad_FD
+
+
+FORMS = {
+    "up": ("masked", "joined", "nested"),
+    "down": ("masked", "banded", "nested"),
+    "mlp": ("apart", "nested"),
+    "grad": ("banded", "nested"),
+}
 
 
 def measure(setting: Setting) -> list[BenchRow]:

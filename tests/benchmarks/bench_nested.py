@@ -4,11 +4,9 @@
 
 Two questions. Does a whole ViT-S/16 get faster as its budget shrinks (forward, batch 8, against
 itself at e_c 1)? And what do two nested blocks cost, forward and in training, against two dense
-blocks of torch's own layers that know nothing of nesting?
+blocks of torch's own layers that know nothing of nesting? On a processor also with products by
+oneDNN, at half the budget and at full width, which is what a dense block would gain by it.
 """
-
-from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +14,19 @@ from torch import Tensor, nn
 
 from mone_core.block import NestedBlock
 from mone_core.capacity import capacity_distribution, token_counts
+from mone_core.gemm import has_onednn
 from mone_core.models import VIT_SIZES, build_model
 from mone_core.nested import Layout
-from tests.benchmarks.harness import BenchRow, Case, Setting, compare, main
+from tests.benchmarks.harness import (
+    BenchRow,
+    Case,
+    Setting,
+    compare,
+    forward,
+    forward_backward,
+    main,
+    through_onednn,
+)
 
 BATCH, TOKENS, DEPTH = 8, 196, 2
 BUDGETS = (0.3, 0.5, 0.7)
@@ -85,7 +93,7 @@ def measure(setting: Setting) -> list[BenchRow]:
 
 def compare_models(setting: Setting) -> list[BenchRow]:
     """One whole ViT-S/16 at several budgets, against itself at full width."""
-    model = build_model(replace(VIT_SIZES["S"], effective_capacity=1.0))
+    model = build_model(VIT_SIZES["S"])
     model.to(setting.device, setting.dtype)
     images = torch.randn(BATCH, 3, 224, 224, device=setting.device, dtype=setting.dtype)
 
@@ -110,35 +118,16 @@ def compare_blocks(setting: Setting, size: str, *, training: bool) -> list[Bench
     def of(stack: nn.Module, what: str, *leading: int) -> Case:
         stack.to(setting.device, setting.dtype)
         x = torch.randn(*leading, dim, device=setting.device, dtype=setting.dtype)
-        run = _trainer(stack, x) if training else _forwarder(stack, x)
+        run = forward_backward(stack, x) if training else forward(stack, x)
         return Case(case=case, shape=f"{shape} {what}", run=run)
 
     dense = of(plain_stack(size), "dense", BATCH, TOKENS)
     nested = [
         of(NestedStack(size, budget), f"e_c={budget}", TOKENS, BATCH) for budget in (*BUDGETS, 1.0)
     ]
+    if setting.device == "cpu" and has_onednn():
+        nested += [through_onednn(nested[BUDGETS.index(0.5)]), through_onednn(nested[-1])]
     return compare(dense, nested, setting)
-
-
-def _forwarder(stack: nn.Module, x: Tensor) -> Callable[[], None]:
-    @torch.inference_mode()
-    def run() -> None:
-        stack(x)
-
-    return run
-
-
-def _trainer(stack: nn.Module, x: Tensor) -> Callable[[], None]:
-    """Forward and backward to weights and input, gradients made anew."""
-    x.requires_grad_()
-    seed = torch.randn_like(x)
-
-    def run() -> None:
-        stack.zero_grad(set_to_none=True)
-        x.grad = None
-        stack(x).backward(seed)
-
-    return run
 
 
 if __name__ == "__main__":

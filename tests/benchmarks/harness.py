@@ -2,7 +2,11 @@
 
 A case is never timed alone: it and its baseline take turns in one process, round after
 round, so that whatever else the machine does meets both. A row holds all it takes to run
-it again. Torch and the standard library only.
+it again.
+
+On CUDA every case first shows that it never waits for the device, and then becomes one CUDA
+graph, so that products are measured and not their launches. Where it cannot be captured it
+runs as it is, and its row says so.
 """
 
 import argparse
@@ -13,11 +17,20 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
+from torch import Tensor, nn
+
+from mone_core.gemm import gemm
+from tests.benchmarks.roofline import ACCELERATORS, Accelerator
+
+Mode = Literal["eager", "graph"]
+Run = Callable[[], object]
 
 ROWS = Path(__file__).parent / "rows"
 _HERE = Path(__file__).parent
@@ -38,6 +51,8 @@ class BenchRow:
         repeats: Rounds measured.
         baseline: What the time is compared with.
         baseline_ms: Its median, measured in the same rounds.
+        mode: Launched operation by operation ("eager"), or as one CUDA "graph".
+        floor_ms: What the accelerator leaves it (`roofline`); None where that is not known.
         commit: Of the code, with "-dirty" where it was changed.
         command: Run it again with this.
     """
@@ -51,6 +66,8 @@ class BenchRow:
     repeats: int
     baseline: str
     baseline_ms: float
+    mode: Mode
+    floor_ms: float | None
     commit: str
     command: str
 
@@ -62,11 +79,18 @@ class BenchRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """Something to time against a baseline: what it is, and one run of each."""
+    """Something to time against a baseline.
+
+    Attributes:
+        case, shape: What it is, as in `BenchRow`; no two cases of a comparison share a shape.
+        run: Does it once, always on the same tensors.
+        floor_ms: As in `BenchRow`.
+    """
 
     case: str
     shape: str
-    run: Callable[[], object]
+    run: Run
+    floor_ms: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +106,23 @@ class Setting:
     def rounds(self) -> int:
         """Measured rounds: enough for a median that holds, or enough to see that it runs."""
         return 3 if self.quick else 11
+
+    @property
+    def burst(self) -> int:
+        """Runs between two looks at the clock: on CUDA enough to hide the launch and the wait."""
+        return 1 if self.device == "cpu" else 20
+
+    @property
+    def images(self) -> int:
+        """Batch size: on an accelerator one that keeps it busy."""
+        return 8 if self.device == "cpu" else 128
+
+    @property
+    def accelerator(self) -> Accelerator | None:
+        """What bounds times from below, where it is known."""
+        if self.device == "cpu":
+            return None
+        return ACCELERATORS.get(torch.cuda.get_device_name())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,6 +145,8 @@ def parse(name: str, arguments: Sequence[str]) -> Setting:
     parser.add_argument("--threads", type=int, default=1, help="processor threads (default 1)")
     parser.add_argument("--quick", action="store_true", help="few rounds: does it run?")
     given = parser.parse_args(arguments)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device here; use --device cpu")
     torch.set_num_threads(given.threads)
     command = " ".join([parser.prog, *arguments])
     return Setting(device=given.device, threads=given.threads, quick=given.quick, command=command)
@@ -116,8 +159,14 @@ def compare(
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[BenchRow]:
     """Time cases and their baseline in turns; one row per case, the baseline's first."""
-    runs = {case.shape: case.run for case in (baseline, *cases)}
-    times = interleave(runs, setting.rounds, _synchronise(setting.device), clock)
+    ready = {case.shape: prepare(case, setting.device) for case in (baseline, *cases)}
+    times = interleave(
+        {shape: run for shape, (run, _) in ready.items()},
+        setting.rounds,
+        _synchronise(setting.device),
+        clock,
+        burst=setting.burst,
+    )
     baseline_ms = statistics.median(times[baseline.shape])
     return [
         BenchRow(
@@ -130,6 +179,8 @@ def compare(
             repeats=setting.rounds,
             baseline=f"{baseline.case} {baseline.shape}",
             baseline_ms=baseline_ms,
+            mode=ready[case.shape][1],
+            floor_ms=case.floor_ms,
             commit=commit(),
             command=setting.command,
         )
@@ -138,12 +189,18 @@ def compare(
 
 
 def interleave(
-    runs: Mapping[str, Callable[[], object]],
+    runs: Mapping[str, Run],
     rounds: int,
     synchronise: Callable[[], None],
     clock: Callable[[], float],
+    *,
+    burst: int = 1,
 ) -> dict[str, list[float]]:
-    """Milliseconds of every run in every round; each round begins with another one."""
+    """Milliseconds of every run in every round; each round begins with another one.
+
+    Args:
+        burst: Times that a run is repeated in a round; the mean is what counts.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     for number in range(-_WARM_UP_ROUNDS, rounds):
@@ -151,11 +208,85 @@ def interleave(
         for name in names[first:] + names[:first]:
             synchronise()
             start = clock()
-            runs[name]()
+            for _ in range(burst):
+                runs[name]()
             synchronise()
             if number >= 0:
-                times[name].append(1e3 * (clock() - start))
+                times[name].append(1e3 * (clock() - start) / burst)
     return times
+
+
+def prepare(case: Case, device: str) -> tuple[Run, Mode]:
+    """What is timed: the run itself, or on CUDA its graph, after a look for host syncs."""
+    if device == "cpu":
+        return case.run, "eager"
+    warm_up(case)
+    return graph_or_run(case, _capture)
+
+
+def graph_or_run(case: Case, capture: Callable[[Run], Run]) -> tuple[Run, Mode]:
+    """The captured run; the run itself, and why on stderr, where it cannot be captured."""
+    try:
+        return capture(case.run), "graph"
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        print(f"{case.case} {case.shape} runs eagerly: {reason}", file=sys.stderr)
+        return case.run, "eager"
+
+
+def warm_up(case: Case) -> None:
+    """Run a case where graphs want what comes before them: on a stream beside the default one.
+
+    Raises:
+        RuntimeError: It makes the host wait for the device.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        case.run()  # kernels are loaded and workspaces made, which may wait
+        try:
+            with _no_host_sync():
+                case.run()
+        except RuntimeError as error:
+            error.add_note(f"in {case.case} {case.shape}")
+            raise
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def forward(module: nn.Module, x: Tensor) -> Run:
+    """A run of the forward pass alone."""
+
+    @torch.inference_mode()
+    def run() -> None:
+        module(x)
+
+    return run
+
+
+def forward_backward(module: nn.Module, x: Tensor) -> Run:
+    """A run of forward and backward pass, to weights and input, gradients made anew.
+
+    In a CUDA graph they are made once: a replay writes over them, and clears and adds nothing.
+    """
+    x.requires_grad_()
+    seed = torch.randn(x.shape).to(x.device, x.dtype)
+
+    def run() -> None:
+        module.zero_grad(set_to_none=True)
+        x.grad = None
+        module(x).backward(seed)
+
+    return run
+
+
+def through_onednn(case: Case) -> Case:
+    """The same case with the products of `mone_core` by oneDNN; those of torch's layers stay."""
+
+    def run() -> None:
+        with gemm("onednn"):
+            case.run()
+
+    return replace(case, shape=f"{case.shape} oneDNN", run=run)
 
 
 def spread(times: Sequence[float]) -> float:
@@ -165,16 +296,24 @@ def spread(times: Sequence[float]) -> float:
 
 
 def table(rows: Sequence[BenchRow]) -> str:
-    """Rows as plain text; the ratio to the baseline stands last but one."""
-    head = ("case", "shape", "median ms", "spread", "baseline ms", "ratio", "n")
+    """Rows as plain text.
+
+    The ratio is to the baseline; "roofline" is what it would be if both ran at their floor.
+    """
+    head = ("case", "shape", "mode", "median ms", "spread", "baseline ms")
+    head = (*head, "ratio", "roofline", "% of floor", "n")
+    floors = {f"{row.case} {row.shape}": row.floor_ms for row in rows}
     body = [
         (
             row.case,
             row.shape,
+            row.mode,
             f"{row.median_ms:.2f}",
             f"{row.spread_ms:.2f}",
             f"{row.baseline_ms:.2f}",
             f"{row.ratio:.3f}",
+            _or_dash(".3f", row.floor_ms, floors.get(row.baseline)),
+            _or_dash(".0%", row.floor_ms, row.median_ms),
             str(row.repeats),
         )
         for row in rows
@@ -182,7 +321,7 @@ def table(rows: Sequence[BenchRow]) -> str:
     widths = [max(len(line[column]) for line in (head, *body)) for column in range(len(head))]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
+            cell.ljust(width) if column < 3 else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
         for line in (head, *body)
@@ -235,3 +374,24 @@ def _git(*arguments: str) -> str | None:
 
 def _synchronise(device: str) -> Callable[[], None]:
     return torch.cuda.synchronize if device == "cuda" else lambda: None
+
+
+def _capture(run: Run) -> Run:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+@contextmanager
+def _no_host_sync() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _or_dash(form: str, above: float | None, below: float | None) -> str:
+    return "-" if above is None or below is None else format(above / below, form)

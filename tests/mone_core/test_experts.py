@@ -33,7 +33,7 @@ SIZES = [
 ]
 
 
-def rules_of(layer):
+def rules_of(layer, gelu):
     config = layer.config
     return Rules(
         k=layer.k,
@@ -41,16 +41,16 @@ def rules_of(layer):
         group_images=config.group_images,
         batch_priority=layer.batch_priority,
         experts_choose=config.routing == "experts_choose",
-        gelu="tanh" if layer.bank.approximate == "tanh" else "erf",
+        gelu=gelu,
     )
 
 
-def slow(layer, residual, x, gate, layout):
+def slow(layer, residual, x, gate, layout, gelu):
     """What the layer must return, by the slow form that fits the layout."""
     gate = torch.ones(*x.shape[:2], 1, dtype=x.dtype) if gate is None else gate
     images_first = [each.transpose(0, 1) for each in (residual, x, gate)]
     images_first[2] = images_first[2].squeeze(-1)
-    operands = (*images_first, dict(layer.named_parameters()), rules_of(layer))
+    operands = (*images_first, dict(layer.named_parameters()), rules_of(layer, gelu))
     if layout.segments == (layout.segments[0],) and layout.segments[0].dim == layout.dim:
         out_BND = einsum_layer(*operands)
     else:
@@ -58,13 +58,13 @@ def slow(layer, residual, x, gate, layout):
     return out_BND.transpose(0, 1)
 
 
-def compare(layer, residual, x, gate, layout=FLAT):
+def compare(layer, residual, x, gate, layout=FLAT, gelu="tanh"):
     """Output, and every gradient; what is left is the layer's output and gradients by name."""
     leaves = {"residual": residual, "x": x, **dict(layer.named_parameters())}
     if gate is not None:
         leaves["gate"] = gate
     out, _ = layer(residual, x, layout, gate)
-    expected = slow(layer, residual, x, gate, layout)
+    expected = slow(layer, residual, x, gate, layout, gelu)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
     seed = torch.randn_like(out)
     ours = torch.autograd.grad(out, list(leaves.values()), seed)
@@ -88,7 +88,7 @@ def test_the_layer_equals_one_hot_einsums(experts, k, ratio, routing):
 @pytest.mark.parametrize("gelu", ["tanh", "erf"])
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_layer_equals_one_hot_einsums_with_either_gelu_and_with_no_gate(gelu, gated):
-    compare(random_layer(gelu), *operands(batch=5, gated=gated))
+    compare(random_layer(gelu), *operands(batch=5, gated=gated), gelu=gelu)
 
 
 @pytest.mark.parametrize(("batch", "group"), [(1, 2), (3, 8), (4, 2), (3, 1), (7, 3), (6, 6)])
@@ -338,21 +338,6 @@ def test_the_router_has_no_bias_and_starts_with_unit_logits():
     assert router.weight.std().item() == pytest.approx(1 / 16, rel=0.05)
 
 
-def test_one_expert_with_room_for_all_is_an_ordinary_mlp():
-    layer = random_layer(num_experts=1, k=1, capacity_ratio=1.0)
-    residual, x, _ = operands(4)
-    bank = layer.bank
-    h = torch.nn.functional.gelu(
-        x @ bank.up_weight_EFD[0].t() + bank.up_bias_EF, approximate="tanh"
-    )
-
-    out, _ = layer(residual, x, FLAT, None)
-
-    torch.testing.assert_close(
-        out, residual + h @ bank.down_weight_EDF[0].t() + bank.down_bias_ED, rtol=0, atol=1e-12
-    )
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -379,13 +364,14 @@ def test_a_changed_capacity_is_as_if_it_had_always_been(changes):
     compare(layer, residual, x, gate)
 
 
-def test_batch_priority_can_be_switched_off_again():
+def test_what_a_change_leaves_out_stays_as_it_was_last_set():
     layer = random_layer(batch_priority=True)
 
+    layer.set_capacity(k=3, capacity_ratio=None, batch_priority=None)
+    layer.set_capacity(k=None, capacity_ratio=0.5, batch_priority=None)
+    assert (layer.k, layer.capacity_ratio, layer.batch_priority) == (3, 0.5, True)
     layer.set_capacity(k=None, capacity_ratio=None, batch_priority=False)
-
-    assert layer.batch_priority is False
-    assert (layer.k, layer.capacity_ratio) == (2, 1.05)
+    assert (layer.k, layer.capacity_ratio, layer.batch_priority) == (3, 0.5, False)
 
 
 @pytest.mark.parametrize(

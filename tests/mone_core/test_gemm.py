@@ -130,9 +130,12 @@ def test_onednn_is_refused_where_torch_was_built_without_it(monkeypatch):
     assert gemm.fastest_gemm() == "torch"
 
 
-def test_measuring_names_a_choice_and_makes_none():
+def test_measuring_names_a_choice_and_changes_nothing():
+    before = torch.get_rng_state()
+
     assert gemm.fastest_gemm() in ("torch", "onednn")
     assert gemm.chosen_gemm() == "torch"
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("approximate", ["tanh", "none"])

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mone_core.losses import (
     gshard_loss,
@@ -318,6 +319,44 @@ def test_a_z_loss_of_no_weight_is_not_computed():
         layer.router.weight.mul_(1e200)  # squares overflow
 
     assert layer(*operands(4)[:2], FLAT, None)[1].aux_loss.item() == 0
+
+
+class Count(TorchDispatchMode):
+    """Counts operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_losses_of_no_weight_cost_nothing():
+    layer, (residual, x, _) = random_layer(noise=0.0, **NO_LOSS), operands(4)
+    counts = []
+    for mode in (layer.eval, layer.train):
+        with Count() as count:
+            mode()(residual, x, FLAT, None)
+        counts.append(count.operations)
+
+    assert counts[0] == counts[1] > 0
+
+
+def test_the_load_is_that_of_the_present_number_of_choices():
+    layer = random_layer(k=1, noise=1.0, **{**NO_LOSS, "load_weight": 1.0}).train()
+    built = random_layer(k=3, noise=1.0, **{**NO_LOSS, "load_weight": 1.0}).train()
+    built.load_state_dict(layer.state_dict())
+    residual, x, _ = operands(4)
+
+    layer.set_capacity(k=3, capacity_ratio=None, batch_priority=None)
+
+    losses = []
+    for each in (layer, built):
+        torch.manual_seed(7)
+        losses.append(each(residual, x, FLAT, None)[1].aux_loss)
+    assert torch.equal(*losses)
 
 
 def test_experts_that_choose_have_no_balance_to_lose():

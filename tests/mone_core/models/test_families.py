@@ -433,3 +433,15 @@ def test_every_model_trains_under_autocast(name):
     if not output.routed and not output.dispatched and "Depths" not in name:
         # 8 bits of mantissa over a few layers; routed tokens may also go another way.
         torch.testing.assert_close(output.logits_BK.float(), exact, rtol=0.05, atol=0.05)
+
+
+def test_a_small_class_keeps_a_slot_and_a_small_group_is_refused():
+    """The last images of an epoch, or a narrow budget, must not end a training."""
+    model = build_model(tiny(experts=replace(EXPERTS, num_experts=8, k=1, group_images=3)))
+    model.set_effective_capacity(0.25)
+    assert 1 in model.encoder.plan.counts
+
+    model(random_images(4, dtype=torch.float32))  # a group of three and one of a single image
+    model.set_capacity(capacity_ratio=0.01)
+    with pytest.raises(CapacityError, match=r"an expert gets 0\.06 slots for 48 tokens .* raise"):
+        model(random_images(3, dtype=torch.float32))
