@@ -343,10 +343,13 @@ class _Bank(Function):
         for x_QD, y_QD, *weights in zip(x_EQD, y_EQD, *stacked, strict=True):
             expert = MlpWeights(*weights)
             for rows, dim in _classes(slots):
-                y_qd, keep = mlp_rows(
-                    x_QD[rows, :dim], expert.prefix(dim), approximate, learning=learning
+                _, keep = mlp_rows(
+                    x_QD[rows, :dim],
+                    expert.prefix(dim),
+                    approximate,
+                    learning=learning,
+                    out=y_QD[rows, :dim],
                 )
-                y_QD[rows, :dim] = y_qd
                 kept.extend(keep if learning else ())
         if learning:
             ctx.save_for_backward(x_EQD, *stacked, *kept)

@@ -5,7 +5,8 @@
 Two questions. Does a whole ViT-S/16 get faster as its budget shrinks (forward, batch 8, against
 itself at e_c 1)? And what do two nested blocks cost, forward and in training, against two dense
 blocks of torch's own layers that know nothing of nesting? On a processor also with products by
-oneDNN, at half the budget and at full width, which is what a dense block would gain by it.
+oneDNN, at half the budget and at full width, which is what a dense block would gain by it. On
+CUDA the batch is 128.
 """
 
 import torch
@@ -27,8 +28,9 @@ from tests.benchmarks.harness import (
     main,
     through_onednn,
 )
+from tests.benchmarks.roofline import block_ms
 
-BATCH, TOKENS, DEPTH = 8, 196, 2
+TOKENS, DEPTH = 196, 2
 BUDGETS = (0.3, 0.5, 0.7)
 
 
@@ -64,12 +66,12 @@ def plain_stack(size: str) -> nn.Sequential:
 class NestedStack(nn.Module):
     """Two nested blocks at one budget, `NBD` in and out, with a gate that is trained."""
 
-    def __init__(self, size: str, budget: float) -> None:
+    def __init__(self, size: str, budget: float, images: int) -> None:
         super().__init__()
         config = VIT_SIZES[size]
         counts = token_counts(capacity_distribution(budget), TOKENS)
         self.layout = Layout.of(counts, config.dims)
-        self.gate_NB1 = nn.Parameter(torch.ones(TOKENS, BATCH, 1))
+        self.gate_NB1 = nn.Parameter(torch.ones(TOKENS, images, 1))
         self.blocks = nn.ModuleList(
             NestedBlock(config.dim, config.heads, 4 * config.dim, gelu="tanh", norm_eps=1e-6)
             for _ in range(DEPTH)
@@ -95,7 +97,7 @@ def compare_models(setting: Setting) -> list[BenchRow]:
     """One whole ViT-S/16 at several budgets, against itself at full width."""
     model = build_model(VIT_SIZES["S"])
     model.to(setting.device, setting.dtype)
-    images = torch.randn(BATCH, 3, 224, 224, device=setting.device, dtype=setting.dtype)
+    images = torch.randn(setting.images, 3, 224, 224).to(setting.device, setting.dtype)
 
     def at(budget: float) -> Case:
         @torch.inference_mode()
@@ -103,7 +105,7 @@ def compare_models(setting: Setting) -> list[BenchRow]:
             model.set_effective_capacity(budget)
             model(images)
 
-        shape = f"S/16 224px B={BATCH} e_c={budget}"
+        shape = f"S/16 224px B={setting.images} e_c={budget}"
         return Case(case="nested/vit/forward", shape=shape, run=run)
 
     return compare(at(1.0), [at(budget) for budget in BUDGETS], setting)
@@ -112,19 +114,26 @@ def compare_models(setting: Setting) -> list[BenchRow]:
 def compare_blocks(setting: Setting, size: str, *, training: bool) -> list[BenchRow]:
     """Two nested blocks at several budgets, against two dense ones."""
     case = "nested/blocks/train" if training else "nested/blocks/forward"
-    shape = f"{size}/16 L={DEPTH} B={BATCH} N={TOKENS}"
-    dim = VIT_SIZES[size].dim
+    shape = f"{size}/16 L={DEPTH} B={setting.images} N={TOKENS}"
+    dim, device = VIT_SIZES[size].dim, setting.accelerator
 
-    def of(stack: nn.Module, what: str, *leading: int) -> Case:
+    def of(stack: nn.Module, what: str, layout: Layout, *leading: int) -> Case:
         stack.to(setting.device, setting.dtype)
-        x = torch.randn(*leading, dim, device=setting.device, dtype=setting.dtype)
-        run = forward_backward(stack, x) if training else forward(stack, x)
-        return Case(case=case, shape=f"{shape} {what}", run=run)
+        x = torch.randn(*leading, dim).to(setting.device, setting.dtype)
+        return Case(
+            case=case,
+            shape=f"{shape} {what}",
+            run=forward_backward(stack, x) if training else forward(stack, x),
+            floor_ms=device and DEPTH * block_ms(device, layout, setting.images, training=training),
+        )
 
-    dense = of(plain_stack(size), "dense", BATCH, TOKENS)
-    nested = [
-        of(NestedStack(size, budget), f"e_c={budget}", TOKENS, BATCH) for budget in (*BUDGETS, 1.0)
-    ]
+    def nested_at(budget: float) -> Case:
+        stack = NestedStack(size, budget, setting.images)
+        return of(stack, f"e_c={budget}", stack.layout, TOKENS, setting.images)
+
+    full = Layout.of((TOKENS,), (dim,))
+    dense = of(plain_stack(size), "dense", full, setting.images, TOKENS)
+    nested = [nested_at(budget) for budget in (*BUDGETS, 1.0)]
     if setting.device == "cpu" and has_onednn():
         nested += [through_onednn(nested[BUDGETS.index(0.5)]), through_onednn(nested[-1])]
     return compare(dense, nested, setting)

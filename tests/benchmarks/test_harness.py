@@ -11,7 +11,7 @@ from mone_core.gemm import chosen_gemm, has_onednn
 from mone_core.models import VIT_SIZES
 from tests.benchmarks.bench_forms import FORMS, Operands
 from tests.benchmarks.bench_moe_layer import GROUP, Layer, OwnMlp, PlainMlp, compare_layers
-from tests.benchmarks.bench_nested import BATCH, TOKENS, NestedStack, plain_stack
+from tests.benchmarks.bench_nested import TOKENS, NestedStack, plain_stack
 from tests.benchmarks.harness import (
     ROWS,
     BenchRow,
@@ -248,7 +248,7 @@ def test_the_table_shows_how_near_the_floor_a_row_is_and_what_ratio_the_floors_h
 
 def test_the_dense_baseline_computes_what_the_nested_blocks_do():
     """A fair baseline: the same sums with the same weights at full width."""
-    dense, nested = plain_stack("S"), NestedStack("S", 1.0)
+    dense, nested = plain_stack("S"), NestedStack("S", 1.0, QUICK.images)
     for plain, block in zip(dense, nested.blocks, strict=True):
         names = {"qkv": "attention.qkv", "out": "attention.out", "up": "mlp.up", "down": "mlp.down"}
         state = block.state_dict()
@@ -259,7 +259,7 @@ def test_the_dense_baseline_computes_what_the_nested_blocks_do():
                 for part in [name.split(".")[0]]
             }
         )
-    x_NBD = torch.randn(TOKENS, BATCH, 384)
+    x_NBD = torch.randn(TOKENS, QUICK.images, 384)
 
     with torch.inference_mode():
         expected = dense(x_NBD.transpose(0, 1)).transpose(0, 1)
