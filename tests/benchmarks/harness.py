@@ -36,6 +36,9 @@ ROWS = Path(__file__).parent / "rows"
 _HERE = Path(__file__).parent
 _WARM_UP_ROUNDS = 2
 
+# Settings of the environment that change a processor's times, told with the command.
+_TELLING = ("THP_MEM_ALLOC_ENABLE", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchRow:
@@ -148,7 +151,8 @@ def parse(name: str, arguments: Sequence[str]) -> Setting:
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here; use --device cpu")
     torch.set_num_threads(given.threads)
-    command = " ".join([parser.prog, *arguments])
+    setting = [f"{name}={os.environ[name]}" for name in _TELLING if name in os.environ]
+    command = " ".join([*setting, parser.prog, *arguments])
     return Setting(device=given.device, threads=given.threads, quick=given.quick, command=command)
 
 

@@ -313,3 +313,12 @@ def test_sparse_layers_are_compared_by_both_ways_to_multiply():
     assert both == [False] * 3 + [True] * (3 if has_onednn() else 0)
     assert len({row.shape for row in rows}) == len(rows)
     assert {(row.mode, row.floor_ms) for row in rows} == {("eager", None)}
+
+
+def test_settings_of_the_allocator_are_part_of_the_command(monkeypatch):
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+
+    told = parse("nested", ["--quick"]).command
+
+    assert told == "THP_MEM_ALLOC_ENABLE=1 python -m tests.benchmarks.bench_nested --quick"
