@@ -16,7 +16,7 @@ Q slots of one expert over all groups and classes, K choices of a token, S token
 of an expert in one group and class.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from mone_core.nested import Layout, Segment
+from mone_core.nested import Layout, Segment, row_blocks
 from mone_core.routing import Assignment
 
 
@@ -135,7 +135,7 @@ class _Dispatch(Function):
         grad_PD = grad_EQD.reshape(-1, grad_EQD.shape[2])
         kept_RK = plan.kept_RK.to(grad_PD.dtype)
         grad_x_RD = grad_PD.new_empty(plan.slot_RK.shape[0], grad_PD.shape[1])
-        for rows, dim in _row_blocks(plan.tokens, ctx.shape[1]):
+        for rows, dim in row_blocks(plan.tokens, ctx.shape[1]):
             first, *others = plan.slot_RK[rows].unbind(1)
             into = grad_x_RD[rows, :dim]
             torch.mul(grad_PD[:, :dim].index_select(0, first), kept_RK[rows, :1], out=into)
@@ -154,7 +154,7 @@ class _Combine(Function):
         ctx.plan = plan
         y_PD = y_EQD.reshape(-1, y_EQD.shape[2])
         out_RD = residual_NBD.reshape(-1, residual_NBD.shape[2]).clone()
-        for rows, dim in _row_blocks(plan.tokens, residual_NBD.shape[1]):
+        for rows, dim in row_blocks(plan.tokens, residual_NBD.shape[1]):
             for k, slot in enumerate(plan.slot_RK[rows].unbind(1)):
                 y = y_PD[:, :dim].index_select(0, slot)
                 out_RD[rows, :dim].addcmul_(y, weight_RK[rows, k : k + 1])
@@ -168,7 +168,7 @@ class _Combine(Function):
         y_PD = y_EQD.reshape(-1, y_EQD.shape[2])
         grad_RD = grad_NBD.reshape(-1, grad_NBD.shape[2])
         grad_weight_RK = torch.empty_like(weight_RK)
-        for rows, dim in _row_blocks(plan.tokens, grad_NBD.shape[1]):
+        for rows, dim in row_blocks(plan.tokens, grad_NBD.shape[1]):
             for k, slot in enumerate(plan.slot_RK[rows].unbind(1)):
                 y = y_PD[:, :dim].index_select(0, slot)
                 torch.sum(grad_RD[rows, :dim] * y, dim=1, out=grad_weight_RK[rows, k])
@@ -237,8 +237,3 @@ def _slot_layout(tokens: Layout, slots: tuple[int, ...]) -> Layout:
     if dims[0] < tokens.dim:
         dims, slots = [tokens.dim, *dims], (0, *slots)
     return Layout.of(slots[::-1], dims[::-1])
-
-
-def _row_blocks(layout: Layout, batch: int) -> Sequence[tuple[slice, int]]:
-    """Rows of each width class in the flattened [N * B, ...] matrix, and its width."""
-    return [(slice(s.start * batch, s.stop * batch), s.dim) for s in layout.segments]

@@ -37,6 +37,7 @@ from mone_core.nested import (
     as_autocast,
     mlp_rows,
     mlp_rows_backward,
+    row_blocks,
 )
 from mone_core.routing import (
     Assignment,
@@ -342,7 +343,7 @@ class _Bank(Function):
         kept: list[Tensor] = []
         for x_QD, y_QD, *weights in zip(x_EQD, y_EQD, *stacked, strict=True):
             expert = MlpWeights(*weights)
-            for rows, dim in _classes(slots):
+            for rows, dim in row_blocks(slots):
                 _, keep = mlp_rows(
                     x_QD[rows, :dim],
                     expert.prefix(dim),
@@ -370,7 +371,7 @@ class _Bank(Function):
         each_expert = zip(grad_EQD, x_EQD, grad_x_EQD, *stacked, *grad_stacked, strict=True)
         for grad_QD, x_QD, grad_x_QD, *weights in each_expert:
             expert, grads = MlpWeights(*weights[:4]), MlpWeights(*weights[4:])
-            for rows, dim in _classes(ctx.slots):
+            for rows, dim in row_blocks(ctx.slots):
                 mlp_rows_backward(
                     grad_QD[rows, :dim],
                     x_QD[rows, :dim],
@@ -382,11 +383,6 @@ class _Bank(Function):
                     grad_x_rd=grad_x_QD[rows, :dim],
                 )
         return grad_x_EQD, *grad_stacked, None, None, None
-
-
-def _classes(slots: Layout) -> list[tuple[slice, int]]:
-    """Slots of each width class, and its width."""
-    return [(slice(s.start, s.stop), s.dim) for s in slots.segments]
 
 
 def _equal(num_experts: int, fan_out: int, fan_in: int) -> Tensor:

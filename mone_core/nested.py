@@ -40,25 +40,15 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class Band:
-    """Features [low, high) are computed for the first `tokens` tokens of every image."""
-
-    low: int
-    high: int
-    tokens: int
-
-
-@dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the width classes lie along N, and the feature bands along D.
+    """Where the width classes lie along N, the widest first; classes without tokens are left out.
 
-    Classes without tokens are left out. Features past the widest class present have no band:
-    no token reads or writes them.
+    Attributes:
+        dim: Full width D, whether a token has it or not.
     """
 
     dim: int
     segments: tuple[Segment, ...]
-    bands: tuple[Band, ...]
 
     @classmethod
     def of(cls, counts: Sequence[int], dims: Sequence[int]) -> "Layout":
@@ -73,21 +63,17 @@ class Layout:
                 f"need one count (0 or more, one above 0) per nested dim and rising dims, got "
                 f"counts {tuple(counts)} for dims {tuple(dims)}"
             )
-        segments, bands = [], []
+        segments = []
         start = 0
         for count, dim in zip(reversed(counts), reversed(dims), strict=True):
             if count:
                 segments.append(Segment(start, start + count, dim))
                 start += count
-        low = 0
-        for segment in reversed(segments):
-            bands.append(Band(low, segment.dim, segment.stop))
-            low = segment.dim
-        return cls(dim=dims[-1], segments=tuple(segments), bands=tuple(bands))
+        return cls(dim=dims[-1], segments=tuple(segments))
 
     @property
     def reach(self) -> int:
-        """Width of the widest class present."""
+        """Width of the widest class present: past it no token reads or writes a feature."""
         return self.segments[0].dim
 
 
@@ -238,7 +224,7 @@ class _NestedIn(Function):
         num_tokens, batch, _ = x_NBD.shape
         x_RD = _rows(x_NBD)
         out_RF = x_RD.new_empty(x_RD.shape[0], weight_FD.shape[0])
-        for rows, dim in _row_blocks(layout, batch):
+        for rows, dim in row_blocks(layout, batch):
             linear(x_RD[rows, :dim], weight_FD[:, :dim], bias_F, out=out_RF[rows])
         return out_RF.view(num_tokens, batch, -1)
 
@@ -250,7 +236,7 @@ class _NestedIn(Function):
         grad_x_RD = torch.empty_like(x_RD)
         grad_FD = _zero_past(weight_FD, ctx.layout.reach, 1)
         grad_F = grad_RF.new_empty(grad_RF.shape[1])
-        for rows, dim in _row_blocks(ctx.layout, x_NBD.shape[1]):
+        for rows, dim in row_blocks(ctx.layout, x_NBD.shape[1]):
             grad_rF, x_rd = grad_RF[rows], x_RD[rows, :dim]
             linear_grad_parameters(
                 grad_rF, x_rd, grad_FD[:, :dim], grad_F, accumulate=rows.start > 0
@@ -273,7 +259,7 @@ class _NestedOut(Function):
     ) -> Tensor:
         h_RF = _rows(h_NBF)
         stream = _Stream(residual_NBD, gate_NB1)
-        for rows, dim in _row_blocks(layout, h_NBF.shape[1]):
+        for rows, dim in row_blocks(layout, h_NBF.shape[1]):
             stream.add(rows, linear(h_RF[rows], weight_DF[:dim], bias_D[:dim]))
         ctx.save_for_backward(gate_NB1, h_NBF, weight_DF, *stream.branches)
         ctx.layout = layout
@@ -288,7 +274,7 @@ class _NestedOut(Function):
         grad_h_RF = torch.empty_like(h_RF)
         grad_DF = _zero_past(weight_DF, ctx.layout.reach, 0)
         grad_D = _zero_past(weight_DF[:, 0], ctx.layout.reach, 0)
-        for rows, dim in _row_blocks(ctx.layout, h_NBF.shape[1]):
+        for rows, dim in row_blocks(ctx.layout, h_NBF.shape[1]):
             grad_rd = stream.of_branch(rows, dim, h_RF.dtype)
             linear_grad_parameters(
                 grad_rd, h_RF[rows], grad_DF[:dim], grad_D[:dim], accumulate=rows.start > 0
@@ -316,7 +302,7 @@ class _NestedMlp(Function):
         x_RD = _rows(x_NBD)
         stream = _Stream(residual_NBD, gate_NB1)
         kept: list[Tensor] = []
-        for rows, dim in _row_blocks(layout, x_NBD.shape[1]):
+        for rows, dim in row_blocks(layout, x_NBD.shape[1]):
             of_dim = weights.prefix(dim)
             branch_rd, keep = mlp_rows(x_RD[rows, :dim], of_dim, approximate, learning=learning)
             stream.add(rows, branch_rd)
@@ -335,7 +321,7 @@ class _NestedMlp(Function):
         x_RD = _rows(x_NBD)
         grad_x_RD = torch.empty_like(x_RD)
         grad_weights = weights.empty_gradients(ctx.layout.reach)
-        for index, (rows, dim) in enumerate(_row_blocks(ctx.layout, x_NBD.shape[1])):
+        for index, (rows, dim) in enumerate(row_blocks(ctx.layout, x_NBD.shape[1])):
             mlp_rows_backward(
                 stream.of_branch(rows, dim, x_RD.dtype),
                 x_RD[rows, :dim],
@@ -407,7 +393,7 @@ def _rows(t_NBX: Tensor) -> Tensor:
     return t_NBX.reshape(-1, t_NBX.shape[-1])
 
 
-def _row_blocks(layout: Layout, batch: int) -> list[tuple[slice, int]]:
+def row_blocks(layout: Layout, batch: int = 1) -> list[tuple[slice, int]]:
     """Rows of each width class in the flattened [N * B, ...] matrix, and its width."""
     return [(slice(s.start * batch, s.stop * batch), s.dim) for s in layout.segments]
 

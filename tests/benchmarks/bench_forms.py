@@ -79,12 +79,9 @@ class Operands:
     def down_banded(self) -> Tensor:
         """One product per band of features, each for all tokens at least that wide."""
         out = self.x_NBD.clone()
-        for band in self.layout.bands:
-            columns = slice(band.low, band.high)
-            branch = F.linear(
-                self.h_NBF[: band.tokens], self.down_DF[columns], self.down_bias_D[columns]
-            )
-            out[: band.tokens, :, columns].addcmul_(branch, self.gate_NB1[: band.tokens])
+        for tokens, columns in bands(self.layout):
+            branch = F.linear(self.h_NBF[:tokens], self.down_DF[columns], self.down_bias_D[columns])
+            out[:tokens, :, columns].addcmul_(branch, self.gate_NB1[:tokens])
         return out
 
     def mlp_dense(self) -> Tensor:
@@ -125,10 +122,20 @@ class Operands:
         """One product per band of features, each element written once."""
         h_RF, x_RD = self.h_NBF.flatten(0, 1), self.x_NBD.flatten(0, 1)
         grad_FD, _ = torch.empty_like(self.up_FD), h_RF.sum(0)
-        for band in self.layout.bands:
-            rows, columns = slice(band.tokens * BATCH), slice(band.low, band.high)
+        for tokens, columns in bands(self.layout):
+            rows = slice(tokens * BATCH)
             torch.mm(h_RF[rows].t(), x_RD[rows, columns], out=grad_FD[:, columns])
         return grad_FD
+
+
+def bands(layout: Layout) -> list[tuple[int, slice]]:
+    """Features cut where a width class ends, and how many tokens have those of each cut."""
+    narrowest_first = layout.segments[::-1]
+    lows = (0, *(segment.dim for segment in narrowest_first))
+    return [
+        (segment.stop, slice(low, segment.dim))
+        for segment, low in zip(narrowest_first, lows, strict=False)
+    ]
 
 
 FORMS = {

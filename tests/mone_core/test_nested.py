@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from mone_core.errors import CapacityError
-from mone_core.nested import Band, Layout, Segment, nested_in, nested_mlp, nested_out
+from mone_core.nested import Layout, Segment, nested_in, nested_mlp, nested_out
 
 DIMS = (1, 2, 4)
 COUNTS = [(2, 2, 1), (5, 0, 0), (0, 5, 0), (0, 0, 5), (0, 3, 2), (3, 2, 0), (4, 0, 1)]
@@ -62,27 +62,23 @@ def test_a_layout_puts_the_widest_tokens_first_and_leaves_out_empty_classes():
 
     assert layout.dim == 16
     assert layout.segments == (Segment(0, 1, 16), Segment(1, 3, 8), Segment(3, 6, 2))
-    assert layout.bands == (Band(0, 2, 6), Band(2, 8, 3), Band(8, 16, 1))
+    assert layout.reach == 16
 
 
-def test_features_that_no_token_reaches_have_no_band():
+def test_a_layout_keeps_the_full_width_where_no_token_has_it():
     layout = Layout.of((3, 1, 0, 0), (2, 4, 8, 16))
 
     assert layout.dim == 16
-    assert layout.bands == (Band(0, 2, 4), Band(2, 4, 1))
+    assert layout.reach == 4
 
 
 @pytest.mark.parametrize("counts", COUNTS)
-def test_segments_and_bands_cover_the_same_elements_once(counts):
-    layout = Layout.of(counts, DIMS)
-    by_segment, by_band = torch.zeros(5, 4), torch.zeros(5, 4)
-    for segment in layout.segments:
-        by_segment[segment.start : segment.stop, : segment.dim] += 1
-    for band in layout.bands:
-        by_band[: band.tokens, band.low : band.high] += 1
+def test_segments_cover_every_element_that_is_computed_once(counts):
+    covered = torch.zeros(5, 4)
+    for segment in Layout.of(counts, DIMS).segments:
+        covered[segment.start : segment.stop, : segment.dim] += 1
 
-    assert torch.equal(by_segment, mask_of(counts).squeeze(1).float())
-    assert torch.equal(by_band, by_segment)
+    assert torch.equal(covered, mask_of(counts).squeeze(1).float())
 
 
 @pytest.mark.parametrize(
@@ -286,7 +282,7 @@ def test_weights_that_no_token_reaches_get_a_gradient_of_exactly_zero(counts):
     """Zero, not None: optimizers and data-parallel training want every gradient."""
     x, h, weight_up, bias_up, weight_down, bias_down, _ = operands()
     layout = Layout.of(counts, DIMS)
-    reached = layout.bands[-1].high
+    reached = layout.reach
 
     nested_in(x, weight_up, bias_up, layout).sum().backward()
     nested_out(x, h, weight_down, bias_down, layout).sum().backward()
