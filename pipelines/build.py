@@ -3,6 +3,7 @@
 import torch
 
 from cluster.backends import Backend
+from mone_core.gemm import use_gemm
 from mone_core.models import ViT, build_model
 from pipelines.checkpoint import Checkpoints
 from pipelines.config import RunConfig
@@ -16,6 +17,7 @@ from pipelines.weights import start_from
 
 def build_run(config: RunConfig, backend: Backend, reporter: Reporter) -> Run:
     """Everything that training needs on this rank."""
+    use_gemm(config.parallel.gemm)
     core = initial_model(config).to(backend.device)
     return Run(
         config=config,

@@ -15,6 +15,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from mone_core.errors import CapacityError, ConfigError
+from mone_core.gemm import GemmName
 from mone_core.models import ModelConfig
 from mone_core.warmstart import Allowed
 from pipelines.errors import RunError, UsageError, unknown_name
@@ -158,11 +159,14 @@ class ParallelConfig:
         num_workers: Training processes; divides `train.batch_size`.
         device: "cpu" or "cuda", one device per worker.
         threads: Torch threads per worker on CPU.
+        gemm: What computes float32 products on CPU, see `mone_core.gemm`; part of the run, since
+            another choice rounds otherwise. `mone_core.gemm.fastest_gemm()` measures which suits.
     """
 
     num_workers: int = 1
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = 1
+    gemm: GemmName = "torch"
 
     def __post_init__(self) -> None:
         _raise_if_any("parallel", _below_one(self, "num_workers", "threads"))

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mone_core.gemm import chosen_gemm, has_onednn, use_gemm
 from mone_core.losses import softmax_loss
 from mone_core.models import DENSE, ExpertsConfig, NestingConfig, SkippingConfig
 from pipelines.data.batch import model_input
@@ -100,6 +101,18 @@ def test_two_processes_train_all_budgets_as_one_does(data, tmp_path):
     assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(
         losses(rows), abs=1e-5
     )
+
+
+@pytest.mark.skipif(not has_onednn(), reason="this build of torch has no oneDNN")
+def test_a_run_computes_with_the_products_that_it_names(data, tmp_path):
+    config = config_of("nested sparse", data, tmp_path / "run", steps=2)
+    config = replace(config, parallel=replace(config.parallel, gemm="onednn"))
+    try:
+        run = tiny.build_here(config, MemoryReporter())
+        assert chosen_gemm() == "onednn"
+        tiny.train(run)
+    finally:
+        use_gemm("torch")
 
 
 def test_ranks_and_steps_draw_different_noise():
