@@ -18,7 +18,6 @@ of an expert in one group and class.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -137,11 +136,11 @@ class _Dispatch(Function):
         grad_x_RD = grad_PD.new_empty(plan.slot_RK.shape[0], grad_PD.shape[1])
         for rows, dim in row_blocks(plan.tokens, ctx.shape[1]):
             first, *others = plan.slot_RK[rows].unbind(1)
-            into = grad_x_RD[rows, :dim]
-            torch.mul(grad_PD[:, :dim].index_select(0, first), kept_RK[rows, :1], out=into)
+            grad_rd = grad_PD[:, :dim].index_select(0, first).mul_(kept_RK[rows, :1])
             for k, slot in enumerate(others, start=1):
-                into.addcmul_(grad_PD[:, :dim].index_select(0, slot), kept_RK[rows, k : k + 1])
-            grad_x_RD[rows, dim:].zero_()
+                grad_rd.addcmul_(grad_PD[:, :dim].index_select(0, slot), kept_RK[rows, k : k + 1])
+            grad_x_RD[rows, :dim] = grad_rd
+            grad_x_RD[rows, dim:] = 0
         return grad_x_RD.view(ctx.shape), None
 
 
@@ -170,8 +169,8 @@ class _Combine(Function):
         grad_weight_RK = torch.empty_like(weight_RK)
         for rows, dim in row_blocks(plan.tokens, grad_NBD.shape[1]):
             for k, slot in enumerate(plan.slot_RK[rows].unbind(1)):
-                y = y_PD[:, :dim].index_select(0, slot)
-                torch.sum(grad_RD[rows, :dim] * y, dim=1, out=grad_weight_RK[rows, k])
+                y_rd = y_PD[:, :dim].index_select(0, slot)
+                grad_weight_RK[rows, k] = (grad_RD[rows, :dim] * y_rd).sum(dim=1)
         grad_weight_RK *= plan.kept_RK
         weight_EQ = weight_RK.take(plan.choice_EQ) * plan.filled_EQ
         grad_y_EQD = _to_slots(grad_RD, plan, weight_EQ, y_EQD.dtype)
@@ -182,14 +181,12 @@ def _to_slots(x_RD: Tensor, plan: SlotPlan, weight_EQ: Tensor | None, dtype: tor
     """Rows into slots, `EQD`, times a weight per slot; features past a class's width stay unset."""
     num_experts, num_slots = plan.row_EQ.shape
     out_EQD = x_RD.new_empty(num_experts, num_slots, x_RD.shape[1], dtype=dtype)
-    for slots in plan.slots.segments:
-        at = slice(slots.start, slots.stop)
-        x = x_RD[:, : slots.dim].index_select(0, plan.row_EQ[:, at].flatten())
-        x_EQd = x.view(num_experts, -1, slots.dim)
-        if weight_EQ is None:
-            out_EQD[:, at, : slots.dim] = x_EQd
-        else:
-            torch.mul(x_EQd, weight_EQ[:, at, None], out=out_EQD[:, at, : slots.dim])
+    for at, dim in row_blocks(plan.slots):
+        x_rd = x_RD[:, :dim].index_select(0, plan.row_EQ[:, at].flatten())
+        x_EQd = x_rd.view(num_experts, -1, dim)
+        if weight_EQ is not None:
+            x_EQd = x_EQd * weight_EQ[:, at, None]
+        out_EQD[:, at, :dim] = x_EQd
     return out_EQD
 
 
@@ -230,7 +227,6 @@ def _by_row(
     return slot, kept, weight
 
 
-@lru_cache(maxsize=1024)
 def _slot_layout(tokens: Layout, slots: tuple[int, ...]) -> Layout:
     """The classes of `tokens`, widest first, with so many slots each."""
     dims = [segment.dim for segment in tokens.segments]

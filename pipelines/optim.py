@@ -18,7 +18,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        decayed = parameter.ndim >= 2 and "position" not in name
+        # The biases of experts are stacked: two axes, and still biases.
+        decayed = parameter.ndim >= 2 and "position" not in name and "bias" not in name
         (matrices if decayed else others).append(parameter)
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from tests.journey.commands import SHORT, command_line, environment
 
+pytestmark = pytest.mark.slow
+
 STEPS = 40
 
 

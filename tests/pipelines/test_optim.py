@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from mone_core.models import ModelConfig, build_model
+from mone_core.models import ExpertsConfig, build_model
 from pipelines.config import OptimConfig
 from pipelines.optim import build_optimizer, learning_rate, set_learning_rate
+from tests.mone_core.reference import tiny
 
 CONFIG = OptimConfig(learning_rate=0.4, warmup_steps=4, weight_decay=0.1, betas=(0.8, 0.9))
 
@@ -40,9 +41,8 @@ def test_a_run_as_long_as_its_warm_up_ends_at_the_peak():
 
 
 def test_matrices_decay_and_vectors_alphas_and_positions_do_not():
-    model = build_model(
-        ModelConfig(image_size=16, patch_size=4, num_classes=3, dim=16, depth=1, heads=2)
-    )
+    experts = ExpertsConfig(placement="every", num_experts=2)
+    model = build_model(tiny(depth=2, pool="cls", experts=experts))
     optimizer = build_optimizer(model, CONFIG)
     decay = {
         id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
@@ -51,12 +51,17 @@ def test_matrices_decay_and_vectors_alphas_and_positions_do_not():
     decayed = {name for name, p in model.named_parameters() if decay[id(p)] > 0}
     assert decayed == {
         "embed.project.weight",
-        "router.score.weight",
-        "blocks.0.attention.qkv.weight",
-        "blocks.0.attention.out.weight",
-        "blocks.0.mlp.up.weight",
-        "blocks.0.mlp.down.weight",
-        "head.weight",
+        "encoder.routers.0.score.weight",
+        "encoder.blocks.0.attention.qkv.weight",
+        "encoder.blocks.0.attention.out.weight",
+        "encoder.blocks.0.mlp.up.weight",
+        "encoder.blocks.0.mlp.down.weight",
+        "encoder.blocks.1.attention.qkv.weight",
+        "encoder.blocks.1.attention.out.weight",
+        "encoder.blocks.1.mlp.router.weight",
+        "encoder.blocks.1.mlp.bank.up_weight_EFD",
+        "encoder.blocks.1.mlp.bank.down_weight_EDF",
+        "head.classify.weight",
     }
     assert {decay[id(p)] for p in model.parameters()} == {0.0, 0.1}
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import _dynamo as dynamo
 
 from mone_core.errors import CapacityError, ConfigError, MoneError, RoutingError
 from mone_core.models import (
@@ -445,3 +446,18 @@ def test_a_small_class_keeps_a_slot_and_a_small_group_is_refused():
     model.set_capacity(capacity_ratio=0.01)
     with pytest.raises(CapacityError, match=r"an expert gets 0\.06 slots for 48 tokens .* raise"):
         model(random_images(3, dtype=torch.float32))
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated")
+@pytest.mark.parametrize("name", ["nested", "V-MoE"])
+def test_a_compiled_model_is_one_graph_and_never_compiles_again(name):
+    """At a fixed budget: shapes do not depend on data, and nothing breaks the graph."""
+    dynamo.reset()
+    model = build_model(tiny(depth=2, **EVERY_MODEL[name]))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    forward_and_backward(compiled, random_images(2, dtype=torch.float32))
+
+    with dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            forward_and_backward(compiled, random_images(2, dtype=torch.float32))
+    dynamo.reset()
