@@ -59,6 +59,9 @@ class SkippingBlock(NestedBlock):
     They attend among themselves; what the block changes is scaled by their score, so that the
     scorer learns. All other tokens pass unchanged.
 
+    Args:
+        num_tokens: Tokens of an image that go through, M.
+
     Source: arXiv 2404.02258, section 3.4 (expert choice per sequence), in the setting of
     arXiv 2407.19985, section 5: 12.5 % of the tokens in every second block.
     """
@@ -70,14 +73,13 @@ class SkippingBlock(NestedBlock):
         hidden: int,
         *,
         num_tokens: int,
-        capacity: float,
         gelu: Gelu,
         norm_eps: float,
     ) -> None:
         super().__init__(dim, heads, hidden, gelu=gelu, norm_eps=norm_eps)
         self.score = nn.Linear(dim, 1, bias=False)
         nn.init.normal_(self.score.weight, std=0.02)
-        self.layout = Layout.of((int(capacity * num_tokens),), (dim,))
+        self.layout = Layout.of((num_tokens,), (dim,))
 
     def forward(self, x_NBD: Tensor, layout: Layout, gate_NB1: Tensor | None = None) -> Tensor:
         """One layer: `NBD` in, `NBD` out."""

@@ -60,8 +60,8 @@ class ExpertsConfig:
         k: Experts that a token chooses, K.
         capacity_ratio: Slots over chosen assignments, C.
         routing: Tokens choose their k experts, or each expert chooses its tokens.
-        group_images: Images that compete for the same slots, I; what is left over at the end of
-            a batch is a smaller group.
+        group_images: Images (frames of factorised clips) that compete for the same slots, I; what
+            is left over at the end of a batch is a smaller group.
         batch_priority: Fill slots by score instead of by position.
         rounding: How C becomes whole slots, see `mone_core.routing.expert_capacity`.
         noise: Standard deviation of the noise on router logits in training, times E.
@@ -92,8 +92,12 @@ class ExpertsConfig:
             return tuple(range(1, depth, 2))[-self.spacing :]
         return ()
 
-    def problems(self, depth: int) -> Iterator[str]:
-        """What is wrong with these values in a model of `depth` blocks, a line each."""
+    def problems(self, depth: int, num_tokens: int) -> Iterator[str]:
+        """What is wrong with these values in a model of `depth` blocks, a line each.
+
+        Args:
+            num_tokens: Tokens of one image, class token included.
+        """
         if self.placement == "none":
             return
         if self.k > self.num_experts:
@@ -101,10 +105,22 @@ class ExpertsConfig:
                 f"experts.k must be experts.num_experts or fewer, got {self.k} of "
                 f"{self.num_experts}"
             )
-        if not 0 < self.capacity_ratio < math.inf:
-            yield f"experts.capacity_ratio must be above 0 and finite, got {self.capacity_ratio}"
+        else:
+            choices = self.k if self.routing == "tokens_choose" else 1
+            try:
+                expert_capacity(
+                    num_tokens * self.group_images,
+                    choices,
+                    self.num_experts,
+                    self.capacity_ratio,
+                    rounding=self.rounding,
+                )
+            except CapacityError as error:
+                yield f"experts: {error}"
         most = depth if self.placement == "every" else depth // 2
-        if self.spacing > most:
+        if not most:
+            yield f"experts.placement last needs a depth of 2 or more, got {depth}"
+        elif self.spacing > most:
             yield (
                 f"experts.spacing must be at most {most} for placement {self.placement} and "
                 f"depth {depth}, got {self.spacing}"
@@ -200,34 +216,35 @@ class SparseMlp(nn.Module):
             aux_loss, told[0].assignments + told[1].assignments
         )
 
-    def capacity(self, num_tokens: int, of_group: int) -> int:
+    def capacity(self, num_tokens: int, of_image: int) -> int:
         """Slots of one expert for the tokens of one width class of a group.
 
-        A class has one slot at least, however few tokens a budget or the rest of a batch leave it.
+        A class has one slot at least, however few tokens a budget or the rest of a batch leave it;
+        what is refused is a whole group that is worth less than one.
 
         Args:
             num_tokens: Tokens of the class, over all images of the group.
-            of_group: Tokens of all classes.
+            of_image: Tokens of one image, over all classes.
 
         Raises:
-            CapacityError: The group as a whole is worth less than one slot.
+            CapacityError: A whole group is worth less than one slot.
         """
         config = self.config
         choices = self.k if config.routing == "tokens_choose" else 1
         rule = (choices, config.num_experts, self.capacity_ratio)
-        whole = expert_capacity(of_group, *rule, rounding=config.rounding)
-        if num_tokens == of_group:
-            return whole
+        whole = of_image * config.group_images
+        slots = expert_capacity(whole, *rule, rounding=config.rounding)
+        if num_tokens == whole:
+            return slots
         few = num_tokens * choices * self.capacity_ratio < config.num_experts
         return expert_capacity(num_tokens, *rule, rounding="ceil" if few else config.rounding)
 
     def macs(self, layout: Layout) -> int:
-        """Multiply-accumulates per image: the router, and every slot, filled or not."""
+        """Multiply-accumulates per image of a whole group: the router, and every slot."""
         config = self.config
         num_tokens, images = layout.segments[-1].stop, config.group_images
         in_slots = sum(
-            segment.dim
-            * self.capacity(images * (segment.stop - segment.start), images * num_tokens)
+            segment.dim * self.capacity(images * (segment.stop - segment.start), num_tokens)
             for segment in layout.segments
         )
         hidden = self.bank.up_bias_EF.shape[1]
@@ -238,9 +255,15 @@ class SparseMlp(nn.Module):
         self, *, k: int | None, capacity_ratio: float | None, batch_priority: bool | None
     ) -> None:
         """Change what is not None, from the next forward pass on; see `ViT.set_capacity`."""
-        if k is not None and not 1 <= k <= self.config.num_experts:
+        if self.config.routing == "experts_choose" and (k, batch_priority) != (None, None):
             raise RoutingError(
-                f"k must lie between 1 and the {self.config.num_experts} experts, got {k}"
+                "k and batch_priority mean nothing where experts choose (experts.routing "
+                "experts_choose); set capacity_ratio"
+            )
+        if k is not None and not (type(k) is int and 1 <= k <= self.config.num_experts):
+            raise RoutingError(
+                f"k must be a whole number between 1 and the {self.config.num_experts} experts, "
+                f"got {k}"
             )
         if capacity_ratio is not None and not 0 < capacity_ratio < math.inf:
             raise CapacityError(f"capacity_ratio must be above 0 and finite, got {capacity_ratio}")
@@ -263,7 +286,7 @@ class SparseMlp(nn.Module):
         std = self.config.noise / self.config.num_experts
         if self.training and std:
             noisy_NBE = logits_NBE + std * torch.randn_like(logits_NBE)
-        assign = partial(self._assign, of_group=group * x_NBD.shape[0])
+        assign = partial(self._assign, of_image=x_NBD.shape[0])
         plan = plan_slots(noisy_NBE.softmax(dim=-1), layout, group, assign)
         weight_RK = plan.weight_RK
         if gate_NB1 is not None:
@@ -273,8 +296,8 @@ class SparseMlp(nn.Module):
         aux_loss = self._aux_loss(by_group(logits_NBE, group), by_group(noisy_NBE, group), std)
         return out_NBD, Dispatched(aux_loss, plan.assignments)
 
-    def _assign(self, probs_GSE: Tensor, of_group: int) -> Assignment:
-        capacity = self.capacity(probs_GSE.shape[1], of_group)
+    def _assign(self, probs_GSE: Tensor, of_image: int) -> Assignment:
+        capacity = self.capacity(probs_GSE.shape[1], of_image)
         if self.config.routing == "experts_choose":
             return expert_choice(probs_GSE, capacity)
         return top_k_assignment(probs_GSE, self.k, capacity, batch_priority=self.batch_priority)

@@ -37,8 +37,8 @@ class Router(nn.Module):
         dim: Model width D.
         num_experts: E.
 
-    Shape: `x_BND` -> probabilities `BNE`, float32 whatever the dtype of the model, so that
-    close scores are told apart in bfloat16 too.
+    Shape: `x_BND` -> probabilities `BNE`, in float32 at least. The scores themselves have the
+    model's dtype: in bfloat16 close ones may tie.
     """
 
     def __init__(self, dim: int, num_experts: int) -> None:
@@ -58,7 +58,8 @@ class Router(nn.Module):
 def expert_preferred_routing(probs_BNE: Tensor, counts: Sequence[int]) -> Tensor:
     """Let experts pick tokens in turn, widest first, each until its count is full.
 
-    Every token is picked exactly once; equal scores go to the earlier token.
+    Every token is picked exactly once; equal scores go to the token that comes earlier here (at
+    a model's second router: in the order of the first).
 
     Args:
         probs_BNE: Router probabilities, narrowest expert first.

@@ -7,6 +7,7 @@ printed by `--print-config`, saved with the run, and reads back to the same tree
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -224,13 +225,33 @@ class RunConfig:
                 f"model.video.frames must be 1, got {self.model.video.frames}: runs read images; "
                 f"clip models are built with mone_core alone"
             )
+        problems += self._budget_problems()
+        problems += self._group_problems()
+        _raise_if_any("run", problems)
+
+    def _budget_problems(self) -> list[str]:
+        """The first budget out of reach of each list: the others are so for the same reason."""
+        problems = []
         for name in ("budgets", "eval_budgets"):
             for budget in getattr(self.train, name):
                 try:
-                    self.model.nesting.capacity(budget)
+                    self.model.nesting.counts(budget, self.model.num_patches)
                 except CapacityError as error:
                     problems.append(f"train.{name}: {error}")
-        _raise_if_any("run", problems)
+                    break
+        return problems
+
+    def _group_problems(self) -> list[str]:
+        """Images that are routed together must not depend on how many workers there are."""
+        experts = self.model.experts
+        per_worker = self.train.batch_size // self.parallel.num_workers
+        if experts.placement == "none" or per_worker % experts.group_images == 0:
+            return []
+        return [
+            f"model.experts.group_images must divide the {per_worker} images of a worker "
+            f"(train.batch_size {self.train.batch_size} over parallel.num_workers "
+            f"{self.parallel.num_workers}), got {experts.group_images}"
+        ]
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -246,14 +267,15 @@ def as_plain(config: RunConfig) -> dict[str, Any]:
 
 def flatten(config: RunConfig) -> dict[str, Any]:
     """The tree as one level: "train.steps" -> 1000."""
-    flat: dict[str, Any] = {}
-    for name, value in as_plain(config).items():
-        flat |= (
-            {f"{name}.{k}": v for k, v in value.items()}
-            if isinstance(value, dict)
-            else {name: value}
-        )
-    return flat
+    return dict(_leaves(as_plain(config), ""))
+
+
+def _leaves(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def merge_yaml(base: RunConfig, text: str, *, source: str) -> RunConfig:

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from cluster.backends import Backend
 from mone_core.losses import softmax_loss
 from mone_core.models import ViT
 from pipelines.config import RunConfig
-from pipelines.data.batch import model_input
+from pipelines.data.batch import Batch, model_input
 from pipelines.data.stream import EvalStream
 from pipelines.results import Results, Setting, commit_name, machine_name
 
@@ -44,26 +45,34 @@ def score(
     """
     training = model.training
     model.eval()
-    sums = torch.zeros(len(budgets), 3, dtype=torch.float64, device=backend.device)
-    for batch in stream:
-        batch = batch.to(backend.device)
-        images, labels_B, valid_B = (
-            model_input(batch.pixels_BHWC),
-            batch.labels_B,
-            batch.valid_B,
-        )
-        for row, budget in enumerate(budgets):
-            model.set_effective_capacity(budget)
-            logits_BK = model(images).logits_BK
-            right_B = (logits_BK.argmax(dim=1) == labels_B) & valid_B
-            loss_B = softmax_loss(logits_BK, labels_B) * valid_B
-            sums[row] += torch.stack([right_B.sum(), loss_B.sum(), valid_B.sum()])
+    with torch.random.fork_rng(devices=_accelerators(backend)):
+        torch.manual_seed(0)  # a random router draws the same in every evaluation
+        sums = torch.zeros(len(budgets), 3, dtype=torch.float64, device=backend.device)
+        for batch in stream:
+            sums += _counted(model, batch.to(backend.device), budgets)
     model.train(training)
     totals = backend.sum_over_ranks(sums).tolist()
     return {
         budget: Score(accuracy=right / count, loss=loss / count, samples=int(count))
         for budget, (right, loss, count) in zip(budgets, totals, strict=True)
     }
+
+
+def _counted(model: ViT, batch: Batch, budgets: Sequence[float]) -> Tensor:
+    """Right answers, summed loss and samples of one batch, a row per budget."""
+    images, labels_B, valid_B = model_input(batch.pixels_BHWC), batch.labels_B, batch.valid_B
+    rows = []
+    for budget in budgets:
+        model.set_effective_capacity(budget)
+        logits_BK = model(images).logits_BK
+        right_B = (logits_BK.argmax(dim=1) == labels_B) & valid_B
+        loss_B = softmax_loss(logits_BK, labels_B) * valid_B
+        rows.append(torch.stack([right_B.sum(), loss_B.sum(), valid_B.sum()]))
+    return torch.stack(rows).double()
+
+
+def _accelerators(backend: Backend) -> list[torch.device]:
+    return [] if backend.device.type == "cpu" else [backend.device]
 
 
 def latency_batch(image_size: int) -> int:

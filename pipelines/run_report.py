@@ -21,7 +21,7 @@ EVALUATION_BUDGETS = (0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 
 def evaluate_run(
     target: Path,
-    budgets: tuple[float, ...] = EVALUATION_BUDGETS,
+    budgets: tuple[float, ...] | None = None,
     *,
     out: Path | None = None,
     name: str | None = None,
@@ -30,13 +30,15 @@ def evaluate_run(
 
     Args:
         target: A run, or one of its checkpoints.
-        budgets: Effective capacities.
+        budgets: Effective capacities; None: the usual ones that the model can meet.
         out: Folder for the results; by default the target.
         name: What to call it; by default the target's name.
     """
     checkpoint = checkpoint_of(target)
     config = read_config(checkpoint)
     model = build_model(config.model)
+    if budgets is None:
+        budgets = config.model.nesting.reachable(EVALUATION_BUDGETS)
     for budget in budgets:
         model.set_effective_capacity(budget)  # a budget out of reach ends it here, before work
     load_weights(checkpoint, model)
@@ -73,7 +75,7 @@ def _routing(run: Path, config: RunConfig) -> RoutingExamples:
     checkpoint = checkpoint_of(run)
     model = build_model(config.model)
     load_weights(checkpoint, model)
-    budgets = tuple(b for b in ROUTING_BUDGETS if config.model.nesting.widths[0] <= b)
+    budgets = config.model.nesting.reachable(ROUTING_BUDGETS)
     names = read_manifest(config.data.root / "val").class_names
     return routing_examples(model, validation_stream(config), budgets, names)
 

@@ -4,14 +4,15 @@ One tree describes every model of the family. A dense ViT is a nested one with a
 V-MoE is a dense one with experts; a clip model is an image model with frames; and so on.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin
 
 from mone_core import allocation
 from mone_core.allocation import Allocation
 from mone_core.block import Gelu
-from mone_core.capacity import NESTED_WIDTHS, Form, capacity_distribution
+from mone_core.capacity import NESTED_WIDTHS, Form, capacity_distribution, token_counts
 from mone_core.errors import CapacityError, ConfigError
 from mone_core.experts import ExpertsConfig
 
@@ -86,6 +87,33 @@ class NestingConfig:
             effective_capacity, self.widths, delta=self.delta, beta=self.beta, form=self.form
         )
 
+    def counts(self, effective_capacity: float, num_patches: int) -> tuple[int, ...]:
+        """Whole tokens per width of an input of so many patches, narrowest first.
+
+        Raises:
+            CapacityError: The budget is out of reach, or leaves no token to compute.
+        """
+        counts = token_counts(self.capacity(effective_capacity), num_patches)
+        if self.skips and not counts[-1]:
+            raise CapacityError(
+                f"effective capacity {effective_capacity} leaves none of {num_patches} tokens to "
+                f"compute with allocation mod_greedy; it must be at least 1 / {num_patches}"
+            )
+        return counts
+
+    def reachable(self, budgets: Sequence[float]) -> tuple[float, ...]:
+        """Those of some budgets that can be met; the model's own one if none can."""
+        return tuple(filter(self._meets, budgets)) or (self.effective_capacity,)
+
+    def _meets(self, budget: float) -> bool:
+        try:
+            self.capacity(budget)
+        except CapacityError:
+            return False
+        return True
+
+
+_LEAST = {"skipping.every": 0}  # all other whole numbers are 1 or more
 
 DENSE = NestingConfig(widths=(1.0,), effective_capacity=1.0)
 
@@ -101,6 +129,10 @@ class SkippingConfig:
 
     every: int = 0
     capacity: float = 0.125
+
+    def tokens(self, num_tokens: int) -> int:
+        """Tokens of an image that such a block computes."""
+        return token_counts((1 - self.capacity, self.capacity), num_tokens)[1]
 
     def layers(self, depth: int) -> tuple[int, ...]:
         """Blocks that skip tokens, counted from 0."""
@@ -172,7 +204,7 @@ class ModelConfig:
     video: VideoConfig = field(default_factory=VideoConfig)
 
     def __post_init__(self) -> None:
-        problems = [*_below_one(self), *_unknown_choices(self)]
+        problems = [*_wrong_numbers(self), *_unknown_choices(self)]
         if not problems:
             problems = [
                 *self._size_problems(),
@@ -197,7 +229,10 @@ class ModelConfig:
             return body
         if nesting.assignment == "constant":
             return {"model": "MatViT", "hidden": "MatFormer"}[nesting.slices] + f" ({body})"
-        return f"nested {body}" if "MoE" in body else f"MoNE {body}"
+        usual = {"learned", "entropy"}
+        odd = [word for word in (nesting.assignment, nesting.allocation) if word not in usual]
+        note = f" ({', '.join(odd)})" if odd else ""
+        return (f"nested {body}" if "MoE" in body else f"MoNE {body}") + note
 
     @property
     def hidden(self) -> int:
@@ -233,7 +268,7 @@ class ModelConfig:
     def _nesting_problems(self) -> Iterator[str]:
         nesting = self.nesting
         try:
-            nesting.capacity(nesting.effective_capacity)
+            nesting.counts(nesting.effective_capacity, self.num_patches)
         except CapacityError as error:
             yield str(error)
         if self.dims and self.dims[0] < 1:
@@ -262,7 +297,8 @@ class ModelConfig:
             )
 
     def _expert_problems(self) -> Iterator[str]:
-        yield from self.experts.problems(self.depth)
+        num_tokens = self.num_patches + (self.pool == "cls")
+        yield from self.experts.problems(self.depth, num_tokens)
         if self.experts.placement != "none" and self.nesting.slices == "hidden":
             yield "nesting.slices hidden has no experts; set experts.placement to none"
 
@@ -277,10 +313,10 @@ class ModelConfig:
             )
         if not 0 < skipping.capacity <= 1:
             yield f"skipping.capacity must lie in (0, 1], got {skipping.capacity}"
-        elif int(skipping.capacity * self.num_patches) < 1:
+        elif skipping.tokens(self.num_patches) < 1:
             yield (
                 f"skipping.capacity {skipping.capacity} leaves no token of {self.num_patches}; "
-                f"it must be at least {1 / self.num_patches:.4f}"
+                f"it must be at least 1 / {self.num_patches}"
             )
         if len(self.nesting.widths) > 1 or self.experts.placement != "none" or self.pool != "gap":
             yield (
@@ -296,16 +332,24 @@ class ModelConfig:
             )
 
 
-def _below_one(config: Any, prefix: str = "") -> Iterator[str]:
-    """Whole numbers below 1, in the whole tree."""
+def _wrong_numbers(config: Any, prefix: str = "") -> Iterator[str]:
+    """Whole numbers below 1 or not whole, and numbers that are none, in the whole tree."""
     for each in fields(config):
         value, name = getattr(config, each.name), prefix + each.name
         if is_dataclass(value):
-            yield from _below_one(value, f"{name}.")
+            yield from _wrong_numbers(value, f"{name}.")
         elif each.type in (int, int | None) and value is not None:
-            least = 0 if name == "skipping.every" else 1
-            if value < least:
+            least = _LEAST.get(name, 1)
+            if type(value) is not int:
+                yield f"{name} must be a whole number, got {value!r}"
+            elif value < least:
                 yield f"{name} must be {least} or more, got {value}"
+        elif get_origin(each.type) is tuple and not isinstance(value, tuple):
+            yield f"{name} must be a tuple, got {value!r}"
+        elif each.type is float or get_origin(each.type) is tuple:
+            numbers = value if isinstance(value, tuple) else (value,)
+            if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
+                yield f"{name} must be finite, got {value!r}"
 
 
 def _unknown_choices(config: Any, prefix: str = "") -> Iterator[str]:

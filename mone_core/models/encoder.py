@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mone_core.baselines import SkippingBlock, SlicedBlock
 from mone_core.block import BoundedScale, NestedBlock
-from mone_core.capacity import effective_capacity_of, token_counts
+from mone_core.capacity import effective_capacity_of
 from mone_core.experts import Dispatched, SparseBlock
 from mone_core.flops import attention_macs, linear_macs, mlp_macs
 from mone_core.models.config import ModelConfig
@@ -106,15 +106,16 @@ class Encoder(nn.Module):
 
     @property
     def realised_effective_capacity(self) -> float:
-        """The budget that whole tokens come to."""
+        """The budget that whole tokens come to; blocks that skip tokens are not in it."""
         widths = (0.0 if self.plan.skipped else self.config.nesting.widths[0],)
         return effective_capacity_of(self.plan.counts, widths + self.config.nesting.widths[1:])
 
     def forward(self, x_BND: Tensor) -> Encoded:
         """Tokens `BND`, the class token first if there is one -> `Encoded`."""
         x_NBD = x_BND.transpose(0, 1).contiguous()
-        state = _Sorted(x_NBD, layout=self._layout_before_routing())
-        router_layers = self.config.nesting.router_layers if self.config.nesting.routed else ()
+        routed = self.config.nesting.routed
+        state = _Sorted(x_NBD, layout=self.plan.full if routed else self.plan.routed)
+        router_layers = self.config.nesting.router_layers if routed else ()
         dispatched = []
         for layer, block in enumerate(self.blocks):
             if layer in router_layers:
@@ -141,12 +142,10 @@ class Encoder(nn.Module):
 
     def _alpha(self, layer: int) -> Tensor:
         """alpha of a block behind a router."""
-        first = self.config.nesting.router_layers[0]
-        alpha: Tensor = self.alphas[(layer - first) % len(self.alphas)]()
+        nesting = self.config.nesting
+        behind = 0 if nesting.alpha == "model" else layer - nesting.router_layers[0]
+        alpha: Tensor = self.alphas[behind]()
         return alpha
-
-    def _layout_before_routing(self) -> Layout:
-        return self.plan.full if self.config.nesting.routed else self.plan.routed
 
     def _route(self, state: "_Sorted", index: int) -> None:
         """Score the patches, give each its width, and sort."""
@@ -221,8 +220,7 @@ def _block(config: ModelConfig, layer: int, num_patches: int) -> nn.Module:
     if layer in config.skipping.layers(config.depth):
         return SkippingBlock(
             *sizes,
-            num_tokens=num_patches,
-            capacity=config.skipping.capacity,
+            num_tokens=config.skipping.tokens(num_patches),
             gelu=config.gelu,
             norm_eps=config.norm_eps,
         )
@@ -243,8 +241,7 @@ def _block_macs(block: nn.Module, layout: Layout, config: ModelConfig) -> int:
 @lru_cache(maxsize=1024)  # a training that draws its budget anew each step asks each step
 def _plan(config: ModelConfig, num_patches: int, effective_capacity: float) -> Plan:
     """Tokens per expert and where they lie, for a budget."""
-    shares = config.nesting.capacity(effective_capacity)
-    counts = token_counts(shares, num_patches)
+    counts = config.nesting.counts(effective_capacity, num_patches)
     with_cls = list(counts)
     # Outside of the routing and full width; where all tokens are alike, as wide as they.
     cls_at = -1 if config.nesting.routed else counts.index(num_patches)

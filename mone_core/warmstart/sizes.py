@@ -194,7 +194,7 @@ class _Sizes:
         for spacing in range(1, depth + 1):
             for placement in PLACEMENTS:
                 config = replace(any_k, placement=placement, spacing=spacing)
-                if config.layers(depth) == layers and not list(config.problems(depth)):
+                if config.layers(depth) == layers:
                     return config
         raise WeightsError(
             f"blocks {layers} of {depth} have experts, which is neither every n-th nor the last "

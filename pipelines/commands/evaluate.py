@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipelines.results import RESULTS, Results
-from pipelines.run_report import EVALUATION_BUDGETS, evaluate_run
+from pipelines.run_report import evaluate_run
 from pipelines.terminal import Terminal
 
 EXAMPLE = "mone evaluate runs/digits --effective-capacity 0.2 0.3 0.4 0.5 0.7 1.0"
@@ -20,13 +20,14 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
         "--effective-capacity",
         type=float,
         nargs="+",
-        default=EVALUATION_BUDGETS,
         metavar="E_C",
-        help="mean width per token over the full width; several are evaluated with one model",
+        help="mean width per token over the full width; several are evaluated with one model "
+        "(default: the usual ones that the model can meet)",
     )
     parser.add_argument("--json", action="store_true", help="print results.json instead")
     args = parser.parse_args(arguments)
-    results = evaluate_run(args.run, tuple(dict.fromkeys(args.effective_capacity)))
+    asked = args.effective_capacity
+    results = evaluate_run(args.run, tuple(dict.fromkeys(asked)) if asked else None)
     if args.json:
         print(json.dumps(asdict(results)))
         return 0

@@ -97,9 +97,8 @@ class Layer(nn.Module):
 
     def slots(self, images: int) -> list[tuple[int, int]]:
         """Slots of all experts, filled or not, and their width, for each width class."""
-        of_group = GROUP * TOKENS
         return [
-            (images // GROUP * EXPERTS * self.sparse.capacity(of_class, of_group), segment.dim)
+            (images // GROUP * EXPERTS * self.sparse.capacity(of_class, TOKENS), segment.dim)
             for segment in self.layout.segments
             for of_class in (GROUP * (segment.stop - segment.start),)
         ]

@@ -84,6 +84,7 @@ def promise(rank, meeting):
     backend.barrier()
     assert meeting.with_name("first").exists()
     backend.synchronize()
+    del model  # its hooks hold on to the group
     dist.destroy_process_group()
 
 

@@ -377,8 +377,8 @@ def test_what_a_change_leaves_out_stays_as_it_was_last_set():
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
-        ({"k": 0}, RoutingError, r"k must lie between 1 and the 4 experts, got 0"),
-        ({"k": 5}, RoutingError, r"k must lie between 1 and the 4 experts, got 5"),
+        ({"k": 0}, RoutingError, r"k must be a whole number between 1 and the 4 experts, got 0"),
+        ({"k": 5}, RoutingError, r"k must be a whole number between 1 and the 4 experts, got 5"),
         ({"capacity_ratio": 0.0}, CapacityError, r"capacity_ratio must be above 0.*, got 0\.0"),
         ({"capacity_ratio": -1.0}, CapacityError, r"capacity_ratio must be above 0.*, got -1\.0"),
         (
@@ -388,7 +388,11 @@ def test_what_a_change_leaves_out_stays_as_it_was_last_set():
         ),
         ({"capacity_ratio": float("inf")}, CapacityError, r"capacity_ratio must be .*, got inf"),
         ({"k": 3, "capacity_ratio": -1.0}, CapacityError, r"capacity_ratio must be above 0"),
-        ({"k": 5, "capacity_ratio": 0.5}, RoutingError, r"k must lie between 1 and the 4 experts"),
+        (
+            {"k": 5, "capacity_ratio": 0.5},
+            RoutingError,
+            r"k must be a whole number between 1 and the 4 experts",
+        ),
     ],
 )
 def test_a_bad_capacity_is_refused_and_changes_nothing(changes, error, says):

@@ -1,12 +1,12 @@
 """The configuration tree: what it refuses, how it says so, and that it survives being written."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mone_core.errors import ConfigError
-from mone_core.models import ModelConfig, NestingConfig, VideoConfig
+from mone_core.models import DENSE, ExpertsConfig, ModelConfig, NestingConfig, VideoConfig
 from pipelines.config import (
     CONFIG,
     DataConfig,
@@ -14,6 +14,7 @@ from pipelines.config import (
     ParallelConfig,
     RunConfig,
     TrainConfig,
+    as_plain,
     differences,
     flatten,
     merge_yaml,
@@ -75,11 +76,15 @@ def test_a_flat_tree_names_every_field_once():
 
     assert flat["recipe"] == "digits"
     assert flat["train.steps"] == 1000
-    assert flat["train.start_from"] is None
-    assert len(flat) == 2 + sum(
-        len(fields(getattr(base(), part)))
-        for part in ("model", "data", "optim", "train", "parallel", "tracking")
-    )
+    assert flat["model.nesting.effective_capacity"] == 0.5
+    assert not [name for name, value in flat.items() if isinstance(value, dict)]
+    assert len(flat) == len(leaves(as_plain(base())))
+
+
+def leaves(tree):
+    if not isinstance(tree, dict):
+        return [tree]
+    return [leaf for value in tree.values() for leaf in leaves(value)]
 
 
 def test_differences_name_the_field_and_both_values():
@@ -207,6 +212,28 @@ def test_a_budget_out_of_range_names_its_field_and_what_is_reachable(name, budge
 def test_clips_are_refused_as_long_as_runs_read_images():
     with pytest.raises(ConfigError, match=r"run: model\.video\.frames must be 1, got 8: runs read"):
         base(model=ModelConfig(video=VideoConfig(frames=8)))
+
+
+def test_a_list_of_budgets_out_of_reach_is_told_by_its_first():
+    with pytest.raises(
+        ConfigError, match=r"^run: train\.budgets: [^;]*; train\.eval_budgets: [^;]*$"
+    ):
+        base(model=ModelConfig(nesting=DENSE))
+
+
+def test_images_routed_together_must_not_depend_on_the_number_of_workers():
+    model = ModelConfig(experts=ExpertsConfig(placement="every", group_images=8))
+
+    with pytest.raises(
+        ConfigError,
+        match=r"run: model\.experts\.group_images must divide the 4 images of a worker "
+        r"\(train\.batch_size 16 over parallel\.num_workers 4\), got 8",
+    ):
+        base(
+            model=model,
+            train=TrainConfig(batch_size=16),
+            parallel=ParallelConfig(num_workers=4),
+        )
 
 
 def test_the_reachable_range_is_that_of_the_models_own_widths():

@@ -1,12 +1,21 @@
 """ModelConfig: everything wrong is refused at once, before a model is made."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 
 from mone_core.capacity import capacity_distribution
 from mone_core.errors import ConfigError
-from mone_core.models import VIT_SIZES, ModelConfig, NestingConfig
+from mone_core.models import (
+    DENSE,
+    VIT_SIZES,
+    ExpertsConfig,
+    ModelConfig,
+    NestingConfig,
+    SkippingConfig,
+    VideoConfig,
+)
 from tests.mone_core.reference import changed
 
 
@@ -102,3 +111,119 @@ def test_several_problems_are_told_at_once():
 def test_a_config_cannot_be_changed_after_it_was_checked():
     with pytest.raises(dataclasses.FrozenInstanceError, match="depth"):
         ModelConfig().depth = 0
+
+
+EXPERTS = ExpertsConfig(placement="every", spacing=2, num_experts=4, group_images=2)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (
+            {"experts": replace(EXPERTS, k=5)},
+            r"model: experts\.k must be experts\.num_experts or fewer, got 5 of 4",
+        ),
+        (
+            {"experts": replace(EXPERTS, capacity_ratio=0.0)},
+            r"experts: capacity ratio must be above 0 and finite, got 0\.0",
+        ),
+        (
+            {"experts": ExpertsConfig(placement="last", spacing=2)},
+            r"experts\.spacing must be at most 1 for placement last and depth 2, got 2",
+        ),
+        ({"experts": replace(EXPERTS, noise=-1.0)}, r"experts\.noise must be 0 or more, got -1"),
+        (
+            {"experts": replace(EXPERTS, noise=0.0)},
+            r"experts\.load_weight needs noise to define the load",
+        ),
+        (
+            {"experts": replace(EXPERTS, num_experts=0)},
+            r"experts\.num_experts must be 1 or more, got 0",
+        ),
+        (
+            {"experts": replace(EXPERTS, rounding="down")},
+            r"experts\.rounding 'down' does not exist; it must be one of .*ceil4",
+        ),
+        (
+            {"nesting": NestingConfig(router_layers=(0, 2))},
+            r"nesting\.router_layers must rise within 0 to 1 \(depth 2\), got \(0, 2\)",
+        ),
+        (
+            {"nesting": NestingConfig(router_layers=())},
+            r"nesting\.router_layers must rise within 0 to 1 .* got \(\)",
+        ),
+        (
+            {"nesting": NestingConfig(slices="hidden")},
+            r"nesting\.slices hidden cuts all tokens alike: .* constant, got learned",
+        ),
+        (
+            {"nesting": NestingConfig(slices="hidden", assignment="constant"), "experts": EXPERTS},
+            r"nesting\.slices hidden has no experts; set experts\.placement to none",
+        ),
+        (
+            {"nesting": NestingConfig(assignment="constant", effective_capacity=0.3)},
+            r"effective capacity 0\.3 .* constant width it must be one of \(0\.125, 0\.25",
+        ),
+        (
+            {"skipping": SkippingConfig(every=2)},
+            r"skipping is a baseline of its own: .*widths \(1\.0,\), .*none and pool gap",
+        ),
+        (
+            {"nesting": DENSE, "skipping": SkippingConfig(every=3)},
+            r"skipping\.every must be at most the depth of 2 .* got 3",
+        ),
+        (
+            {"nesting": DENSE, "skipping": SkippingConfig(every=2, capacity=0.0)},
+            r"skipping\.capacity must lie in \(0, 1\], got 0\.0",
+        ),
+        (
+            {"nesting": DENSE, "skipping": SkippingConfig(every=2, capacity=0.01)},
+            r"skipping\.capacity 0\.01 leaves no token of 16; it must be at least 1 / 16",
+        ),
+        (
+            {"video": VideoConfig(frames=5, tubelet=2)},
+            r"video\.tubelet must divide video\.frames, got 2 and 5",
+        ),
+        (
+            {"nesting": NestingConfig(allocation="mod_greedy", effective_capacity=0.03)},
+            r"effective capacity 0\.03 leaves none of 16 tokens .* at least 1 / 16",
+        ),
+        (
+            {"experts": ExpertsConfig(placement="last"), "depth": 1},
+            r"experts\.placement last needs a depth of 2 or more, got 1",
+        ),
+        (
+            {"experts": replace(EXPERTS, num_experts=64, k=1, capacity_ratio=0.01)},
+            r"experts: an expert gets 0\.005 slots for 32 tokens",
+        ),
+        (
+            {"video": VideoConfig(temporal_depth=0)},
+            r"video\.temporal_depth must be 1 or more, got 0",
+        ),
+        ({"dim": 16.0}, r"dim must be a whole number, got 16\.0"),
+        ({"head_bias": float("nan")}, r"head_bias must be finite, got nan"),
+        (
+            {"nesting": NestingConfig(widths=[0.5, 1.0])},
+            r"nesting\.widths must be a tuple, got \[0\.5, 1\.0\]",
+        ),
+        (
+            {"nesting": NestingConfig(widths=(float("nan"), 1.0))},
+            r"nesting\.widths must be finite, got \(nan, 1\.0\)",
+        ),
+        (
+            {
+                "nesting": NestingConfig(assignment="constant", slices="hidden", widths=(0.3, 1.0)),
+                "mlp_dim": 24,
+            },
+            r"widths \[0\.3\] of mlp_dim 24 are not",
+        ),
+        ({"pool": "max"}, r"pool 'max' does not exist; it must be one of \('gap', 'cls'\)"),
+        (
+            {"video": VideoConfig(attention="axial")},
+            r"video\.attention 'axial' does not exist; .*factorised",
+        ),
+    ],
+)
+def test_a_model_of_any_family_that_cannot_be_is_refused_with_its_value(wrong, says):
+    with pytest.raises(ConfigError, match=says):
+        ModelConfig(**{"image_size": 8, "patch_size": 2, "dim": 16, "depth": 2, "heads": 2} | wrong)

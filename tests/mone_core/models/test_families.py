@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import _dynamo as dynamo
 
-from mone_core.errors import CapacityError, ConfigError, MoneError, RoutingError
+from mone_core.errors import CapacityError, MoneError, RoutingError
 from mone_core.models import (
     DENSE,
     ExpertsConfig,
-    ModelConfig,
     NestingConfig,
     SkippingConfig,
     VideoConfig,
@@ -276,90 +275,12 @@ def test_a_capacity_for_a_model_without_experts_is_refused():
 
 def test_k_and_ratio_out_of_range_are_refused():
     model = build_model(tiny(nesting=DENSE, experts=EXPERTS))
-    with pytest.raises(RoutingError, match=r"k must lie between 1 and the 4 experts, got 5"):
+    with pytest.raises(
+        RoutingError, match=r"k must be a whole number between 1 and the 4 experts, got 5"
+    ):
         model.set_capacity(k=5)
     with pytest.raises(CapacityError, match=r"capacity_ratio must be above 0 and finite, got 0"):
         model.set_capacity(capacity_ratio=0)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        (
-            {"experts": replace(EXPERTS, k=5)},
-            r"model: experts\.k must be experts\.num_experts or fewer, got 5 of 4",
-        ),
-        (
-            {"experts": replace(EXPERTS, capacity_ratio=0.0)},
-            r"experts\.capacity_ratio must be above 0 and finite, got 0\.0",
-        ),
-        (
-            {"experts": ExpertsConfig(placement="last", spacing=2)},
-            r"experts\.spacing must be at most 1 for placement last and depth 2, got 2",
-        ),
-        ({"experts": replace(EXPERTS, noise=-1.0)}, r"experts\.noise must be 0 or more, got -1"),
-        (
-            {"experts": replace(EXPERTS, noise=0.0)},
-            r"experts\.load_weight needs noise to define the load",
-        ),
-        (
-            {"experts": replace(EXPERTS, num_experts=0)},
-            r"experts\.num_experts must be 1 or more, got 0",
-        ),
-        (
-            {"experts": replace(EXPERTS, rounding="down")},
-            r"experts\.rounding 'down' does not exist; it must be one of .*ceil4",
-        ),
-        (
-            {"nesting": NestingConfig(router_layers=(0, 2))},
-            r"nesting\.router_layers must rise within 0 to 1 \(depth 2\), got \(0, 2\)",
-        ),
-        (
-            {"nesting": NestingConfig(router_layers=())},
-            r"nesting\.router_layers must rise within 0 to 1 .* got \(\)",
-        ),
-        (
-            {"nesting": NestingConfig(slices="hidden")},
-            r"nesting\.slices hidden cuts all tokens alike: .* constant, got learned",
-        ),
-        (
-            {"nesting": NestingConfig(slices="hidden", assignment="constant"), "experts": EXPERTS},
-            r"nesting\.slices hidden has no experts; set experts\.placement to none",
-        ),
-        (
-            {"nesting": NestingConfig(assignment="constant", effective_capacity=0.3)},
-            r"effective capacity 0\.3 .* constant width it must be one of \(0\.125, 0\.25",
-        ),
-        (
-            {"skipping": SkippingConfig(every=2)},
-            r"skipping is a baseline of its own: .*widths \(1\.0,\), .*none and pool gap",
-        ),
-        (
-            {"nesting": DENSE, "skipping": SkippingConfig(every=3)},
-            r"skipping\.every must be at most the depth of 2 .* got 3",
-        ),
-        (
-            {"nesting": DENSE, "skipping": SkippingConfig(every=2, capacity=0.0)},
-            r"skipping\.capacity must lie in \(0, 1\], got 0\.0",
-        ),
-        (
-            {"nesting": DENSE, "skipping": SkippingConfig(every=2, capacity=0.01)},
-            r"skipping\.capacity 0\.01 leaves no token of 16; it must be at least 0\.0625",
-        ),
-        (
-            {"video": VideoConfig(frames=5, tubelet=2)},
-            r"video\.tubelet must divide video\.frames, got 2 and 5",
-        ),
-        ({"pool": "max"}, r"pool 'max' does not exist; it must be one of \('gap', 'cls'\)"),
-        (
-            {"video": VideoConfig(attention="axial")},
-            r"video\.attention 'axial' does not exist; .*factorised",
-        ),
-    ],
-)
-def test_what_cannot_be_is_refused_with_its_value(wrong, says):
-    with pytest.raises(ConfigError, match=says):
-        ModelConfig(**{"image_size": 8, "patch_size": 2, "dim": 16, "depth": 2, "heads": 2} | wrong)
 
 
 @pytest.mark.parametrize(
@@ -373,6 +294,8 @@ def test_what_cannot_be_is_refused_with_its_value(wrong, says):
         ("V-MoE", "V-MoE"),
         ("nested sparse", "nested V-MoE"),
         ("factorised clips", "MoNE ViViT"),
+        ("random router", "MoNE ViT (random)"),
+        ("MoD greedy", "MoNE ViT (mod_greedy)"),
     ],
 )
 def test_a_model_is_called_by_its_name(name, family):
@@ -442,10 +365,53 @@ def test_a_small_class_keeps_a_slot_and_a_small_group_is_refused():
     model.set_effective_capacity(0.2)
     assert 1 in model.encoder.plan.counts  # a token an image: 3 / 8 of a slot in a whole group
 
+    model.set_capacity(capacity_ratio=0.3)  # a lone image is worth .6 of a slot
     model(random_images(4, dtype=torch.float32))  # a group of three and one of a single image
     model.set_capacity(capacity_ratio=0.01)
     with pytest.raises(CapacityError, match=r"an expert gets 0\.06 slots for 48 tokens .* raise"):
-        model(random_images(3, dtype=torch.float32))
+        model(random_images(1, dtype=torch.float32))
+
+
+def test_the_losses_of_all_sparse_layers_add_up():
+    model = build_model(tiny(depth=4, nesting=DENSE, experts=EXPERTS))
+
+    output = model(random_images(2, dtype=torch.float32))
+
+    told = [each.aux_loss for each in output.dispatched]
+    assert len(told) == 2
+    torch.testing.assert_close(output.aux_loss, told[0] + told[1])
+
+
+def test_a_fresh_head_has_the_bias_that_is_asked_for():
+    model = build_model(tiny(head_bias=-10.0))
+
+    assert (model(random_images(1, dtype=torch.float32)).logits_BK == -10).all()
+
+
+def test_a_random_router_draws_for_every_image():
+    expert_BN = random_model(assignment="random")(random_images(4)).routed[0].expert_BN
+
+    assert len({tuple(expert_N.tolist()) for expert_N in expert_BN}) == 4
+
+
+def test_where_experts_choose_k_means_nothing_and_is_refused():
+    choosy = replace(EXPERTS, routing="experts_choose")
+    model = build_model(tiny(nesting=DENSE, experts=choosy))
+
+    with pytest.raises(RoutingError, match=r"k and batch_priority mean nothing where .* set capa"):
+        model.set_capacity(k=1)
+    with pytest.raises(RoutingError, match=r"k and batch_priority mean nothing where experts choo"):
+        model.set_capacity(batch_priority=True)
+
+
+def test_budgets_that_a_model_cannot_meet_are_left_out_of_the_usual_ones():
+    usual = (0.2, 0.5, 1.0)
+
+    assert NestingConfig().reachable(usual) == usual
+    assert NestingConfig(widths=(0.5, 1.0)).reachable(usual) == (0.5, 1.0)
+    assert DENSE.reachable(usual) == (1.0,)
+    uniform = NestingConfig(allocation="uniform", effective_capacity=0.47)
+    assert uniform.reachable(usual) == (0.47,)
 
 
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated")
