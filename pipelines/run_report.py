@@ -1,6 +1,8 @@
 """Gathers what `report` draws: a run's metrics, results, routing and configuration."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cluster.backends import get_backend
 from mone_core.models import build_model
@@ -25,6 +27,7 @@ def evaluate_run(
     *,
     out: Path | None = None,
     name: str | None = None,
+    sparse: Mapping[str, Any] | None = None,
 ) -> Results:
     """Evaluate a run's newest checkpoint (or one checkpoint) and write `results.json`.
 
@@ -32,7 +35,8 @@ def evaluate_run(
         target: A run, or one of its checkpoints.
         budgets: Effective capacities; None: the usual ones that the model can meet.
         out: Folder for the results; by default the target.
-        name: What to call it; by default the target's name.
+        name: What to call it; by default the target's name, with what `sparse` changes.
+        sparse: What to change of how sparse experts take tokens: `ViT.set_capacity`'s arguments.
     """
     checkpoint = checkpoint_of(target)
     config = read_config(checkpoint)
@@ -41,10 +45,15 @@ def evaluate_run(
         budgets = config.model.nesting.reachable(EVALUATION_BUDGETS)
     for budget in budgets:
         model.set_effective_capacity(budget)  # a budget out of reach ends it here, before work
+    if sparse:
+        model.set_capacity(**sparse)
     load_weights(checkpoint, model)
     backend = get_backend("cpu", threads=config.parallel.threads)
     stream = validation_stream(config)
-    results = evaluate(name or target.name, step_of(checkpoint), model, stream, budgets, backend)
+    called = ", ".join(
+        [target.name, *(f"{what} {value}" for what, value in (sparse or {}).items())]
+    )
+    results = evaluate(name or called, step_of(checkpoint), model, stream, budgets, backend)
     write_results(out or target, results)
     return results
 

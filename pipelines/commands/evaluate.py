@@ -24,10 +24,23 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
         help="mean width per token over the full width; several are evaluated with one model "
         "(default: the usual ones that the model can meet)",
     )
+    parser.add_argument("--k", type=int, help="sparse experts: how many a token chooses")
+    parser.add_argument("--capacity-ratio", type=float, help="sparse experts: slots over choices")
+    parser.add_argument(
+        "--batch-priority",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="sparse experts: fill slots by score instead of by position",
+    )
     parser.add_argument("--json", action="store_true", help="print results.json instead")
     args = parser.parse_args(arguments)
     asked = args.effective_capacity
-    results = evaluate_run(args.run, tuple(dict.fromkeys(asked)) if asked else None)
+    given = {name: getattr(args, name) for name in ("k", "capacity_ratio", "batch_priority")}
+    results = evaluate_run(
+        args.run,
+        tuple(dict.fromkeys(asked)) if asked else None,
+        sparse={name: value for name, value in given.items() if value is not None},
+    )
     if args.json:
         print(json.dumps(asdict(results)))
         return 0

@@ -11,6 +11,7 @@ from mone_core.gemm import chosen_gemm, has_onednn, use_gemm
 from mone_core.losses import softmax_loss
 from mone_core.models import DENSE, ExpertsConfig, NestingConfig, SkippingConfig
 from pipelines.data.batch import model_input
+from pipelines.run_report import evaluate_run
 from pipelines.train import Outcome, noise_seed
 from tests.pipelines import tiny
 from tests.pipelines.tiny import MemoryReporter, losses, same_bits, state_of, without_clock
@@ -122,3 +123,28 @@ def test_ranks_and_steps_draw_different_noise():
 
     assert len(seeds) == 36
     assert all(0 <= seed < 2**64 for seed in seeds)
+
+
+def test_a_sparse_run_is_evaluated_with_fewer_choices_and_slots(data, tmp_path):
+    config = config_of("V-MoE", data, tmp_path / "run", steps=4)
+    tiny.train_here(config)
+
+    usual = evaluate_run(config.out)
+    fewer = evaluate_run(
+        config.out, out=tmp_path, sparse={"k": 1, "capacity_ratio": 0.5, "batch_priority": True}
+    )
+
+    assert [each.effective_capacity for each in usual.settings] == [1.0]  # all that it can meet
+    assert (usual.name, fewer.name) == ("run", "run, k 1, capacity_ratio 0.5, batch_priority True")
+    assert fewer.settings[0].macs < usual.settings[0].macs
+    assert fewer.settings[0].loss != usual.settings[0].loss
+    assert evaluate_run(config.out).settings[0].loss == usual.settings[0].loss
+
+
+def test_a_random_router_is_evaluated_the_same_twice(data, tmp_path):
+    config = config_of("random router", data, tmp_path / "run", steps=4)
+    tiny.train_here(config)
+
+    first, second = (evaluate_run(config.out, (0.3,)) for _ in range(2))
+
+    assert first.settings[0].loss == second.settings[0].loss
