@@ -135,6 +135,11 @@ def check_widths(widths: Sequence[float]) -> None:
 
 def check_reachable(effective_capacity: float, widths: Sequence[float]) -> None:
     """Refuse a budget outside of the narrowest and the full width."""
+    if len(widths) == 1 and effective_capacity != widths[0]:
+        raise CapacityError(
+            f"effective capacity {effective_capacity} is out of reach: a model of the one width "
+            f"{widths[0]} has that budget only"
+        )
     if not widths[0] <= effective_capacity <= widths[-1]:
         raise CapacityError(
             f"effective capacity {effective_capacity} is out of reach: with widths "

@@ -112,9 +112,10 @@ class TrainConfig:
         eval_budgets: Effective capacities of those evaluations.
         checkpoint_every: Steps between checkpoints, a multiple of `log_every`.
         keep_checkpoints: How many of the newest checkpoints stay on disk.
-        start_from: Weights to begin with: a folder that `mone export` wrote, or a `.safetensors`
-            or `.npz` file of timm, Hugging Face, AugReg, big_vision or V-MoE. They may be of a
-            dense, smaller or image model, see `mone_core.warmstart`. None begins with fresh ones.
+        start_from: Weights to begin with: a folder as the model registry keeps it, or a
+            `.safetensors` or `.npz` file of timm, Hugging Face, AugReg, big_vision or V-MoE. They
+            may be of a dense, smaller or image model, see `mone_core.warmstart`. None begins with
+            fresh ones.
         start_allow: Differences from those weights that are meant: "head" (a fresh head),
             "pool", "gelu", "norm_eps".
     """

@@ -85,8 +85,8 @@ def _own_weights(folder: Path) -> Weights:
 def _read_file(path: Path) -> Mapping[str, Tensor] | Mapping[str, np.ndarray]:
     if not path.exists():
         raise RunError(
-            f"train.start_from {path} does not exist; give a folder that `mone export` wrote, or a "
-            f".safetensors or .npz file"
+            f"train.start_from {path} does not exist; give a folder with {WEIGHTS} and "
+            f"{MODEL_CONFIG}, as the model registry keeps them, or a .safetensors or .npz file"
         )
     if path.suffix == ".safetensors":
         return _read_safetensors(path)

@@ -264,3 +264,11 @@ def test_shares_that_do_not_add_up_are_refused(shares):
 def test_the_published_mixes_cost_what_the_paper_says(counts, spent):
     """Shares inverse to cost come to .27, even ones to .47 (arXiv 2407.19985, table 2)."""
     assert effective_capacity_of(counts) == pytest.approx(spent, abs=1e-15)
+
+
+def test_a_single_width_has_one_budget_and_says_so():
+    assert capacity_distribution(1.0, (1.0,)) == (1.0,)
+    with pytest.raises(
+        CapacityError, match=r"0\.5 is out of reach: a model of the one width 1\.0 has that budget"
+    ):
+        capacity_distribution(0.5, (1.0,))
