@@ -240,7 +240,7 @@ def test_features_past_a_slots_width_are_never_read(counts):
     poison = torch.full((EXPERTS, plan.row_EQ.shape[1], 4), float("nan"), dtype=torch.float64)
     for segment in plan.slots.segments:
         poison[:, segment.start : segment.stop, : segment.dim] = 1
-    check_that_poison_stays(plan, poison)
+    assert_poison_stays(plan, poison)
 
 
 @pytest.mark.parametrize("counts", COUNTS)
@@ -248,10 +248,10 @@ def test_empty_slots_are_never_read(counts):
     plan = skewed_plan(counts)
     poison = torch.ones(EXPERTS, plan.row_EQ.shape[1], 4, dtype=torch.float64)
     poison[~plan.filled_EQ] = float("nan")
-    check_that_poison_stays(plan, poison)
+    assert_poison_stays(plan, poison)
 
 
-def check_that_poison_stays(plan, poison):
+def assert_poison_stays(plan, poison):
     """As an output of experts, and as a gradient that comes back from them."""
     x, residual, weight = leaf(6, BATCH, 4), leaf(6, BATCH, 4), leaf(*plan.weight_RK.shape)
     y = poison.clone().requires_grad_()

@@ -58,7 +58,7 @@ def slow(layer, residual, x, gate, layout, gelu):
     return out_BND.transpose(0, 1)
 
 
-def compare(layer, residual, x, gate, layout=FLAT, gelu="tanh"):
+def assert_equals_the_reference(layer, residual, x, gate, layout=FLAT, gelu="tanh"):
     """Output, and every gradient; what is left is the layer's output and gradients by name."""
     leaves = {"residual": residual, "x": x, **dict(layer.named_parameters())}
     if gate is not None:
@@ -82,20 +82,20 @@ def test_the_layer_equals_one_hot_einsums(experts, k, ratio, routing):
     """Two whole groups and a remainder of one image; output and all gradients."""
     layer = random_layer(num_experts=experts, k=k, capacity_ratio=ratio, **ROUTING[routing])
 
-    compare(layer, *operands(batch=5))
+    assert_equals_the_reference(layer, *operands(batch=5))
 
 
 @pytest.mark.parametrize("gelu", ["tanh", "erf"])
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_layer_equals_one_hot_einsums_with_either_gelu_and_with_no_gate(gelu, gated):
-    compare(random_layer(gelu), *operands(batch=5, gated=gated), gelu=gelu)
+    assert_equals_the_reference(random_layer(gelu), *operands(batch=5, gated=gated), gelu=gelu)
 
 
 @pytest.mark.parametrize(("batch", "group"), [(1, 2), (3, 8), (4, 2), (3, 1), (7, 3), (6, 6)])
 def test_batches_of_any_size_are_cut_into_groups(batch, group):
     layer = random_layer(group_images=group, capacity_ratio=0.6)
 
-    compare(layer, *operands(batch))
+    assert_equals_the_reference(layer, *operands(batch))
     _, told = layer(*operands(batch, gated=False)[:2], FLAT, None)
     sizes = [each.kept_GSK.shape[:2] for each in told.assignments]
     images = [groups * tokens // 7 for groups, tokens in sizes]
@@ -115,7 +115,7 @@ def test_skewed_routing_is_no_exception(routing, k, ratio):
     with torch.no_grad():
         x[..., 0] = 1 + 0.01 * x[..., 0]
 
-    _, grads = compare(layer, residual, x, gate)
+    _, grads = assert_equals_the_reference(layer, residual, x, gate)
 
     _, told = layer(residual, x, FLAT, gate)
     if routing != "experts_choose":
@@ -165,7 +165,7 @@ def test_nested_experts_equal_one_token_at_a_time(counts, gated, routing):
     layout = Layout.of(counts, DIMS)
     residual, x, gate = operands(5, layout, gated)
 
-    out, grads = compare(layer, residual, x, gate, layout)
+    out, grads = assert_equals_the_reference(layer, residual, x, gate, layout)
 
     for segment in layout.segments:
         at = slice(segment.start, segment.stop)
@@ -181,7 +181,9 @@ def test_nested_experts_equal_one_token_at_a_time(counts, gated, routing):
 def test_nested_experts_equal_one_token_at_a_time_with_any_capacity(k, ratio):
     layout = Layout.of((2, 2, 1, 2), DIMS)
 
-    compare(random_layer(k=k, capacity_ratio=ratio), *operands(3, layout), layout)
+    assert_equals_the_reference(
+        random_layer(k=k, capacity_ratio=ratio), *operands(3, layout), layout
+    )
 
 
 def test_every_width_class_has_its_share_of_every_expert():
@@ -209,7 +211,7 @@ def test_poisoned_memory_never_leaks(counts, routing, ratio):
         x.abs_()  # nobody wants expert 0
     assert torch.empty(3).isnan().all()
 
-    compare(layer, residual, x, gate, layout)
+    assert_equals_the_reference(layer, residual, x, gate, layout)
 
 
 def test_the_residual_and_the_input_are_read_and_never_written():
@@ -361,7 +363,7 @@ def test_a_changed_capacity_is_as_if_it_had_always_been(changes):
     assert layer.macs(FLAT) == built.macs(FLAT)
     assert layer.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
-    compare(layer, residual, x, gate)
+    assert_equals_the_reference(layer, residual, x, gate)
 
 
 def test_what_a_change_leaves_out_stays_as_it_was_last_set():
