@@ -490,4 +490,7 @@ def test_the_watch_lets_whole_numbers_and_masks_of_equal_shape_pass():
 
     with NoSync():
         (x[index].sum() + x.where(x > 0, 0).sum() + x[:, None][1:].sum()).backward()
-        x.detach().repeat_interleave(torch.tensor([1, 2, 0, 1]), output_size=4)
+        again = x.detach().repeat_interleave(torch.tensor([1, 2, 0, 1]), output_size=4)
+
+    assert x.grad is not None
+    assert again.shape == (4,)
