@@ -15,7 +15,7 @@ Source: arXiv 2106.05974, section 2.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -26,7 +26,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from mone_core.block import Gelu, NestedAttention
-from mone_core.dispatch import by_group, combine, dispatch, plan_slots
+from mone_core.dispatch import RoutedClass, by_group, combine, dispatch, plan_slots
 from mone_core.errors import CapacityError, RoutingError
 from mone_core.flops import linear_macs
 from mone_core.losses import gshard_loss, importance_loss, load_loss, router_z_loss
@@ -37,8 +37,8 @@ from mone_core.nested import (
     as_autocast,
     mlp_rows,
     mlp_rows_backward,
-    row_blocks,
 )
+from mone_core.ranks import ALONE, Arriving, Ranks
 from mone_core.routing import (
     Assignment,
     Rounding,
@@ -140,11 +140,11 @@ class Dispatched(NamedTuple):
 
     Attributes:
         aux_loss: Weighted sum of the auxiliary losses; 0 outside of training.
-        assignments: One per width class present, widest first, for each run of equal groups.
+        classes: One per width class present, widest first, for each run of equal groups.
     """
 
     aux_loss: Tensor
-    assignments: tuple[Assignment, ...]
+    classes: tuple[RoutedClass, ...]
 
 
 class SparseBlock(nn.Module):
@@ -190,6 +190,18 @@ class SparseMlp(nn.Module):
         self.router = nn.Linear(dim, config.num_experts, bias=False)
         nn.init.normal_(self.router.weight, std=dim**-0.5)
         self.bank = ExpertBank(config.num_experts, dim, hidden, gelu)
+        self.ranks: Ranks = ALONE
+        self.where = "sparse layer"
+
+    def spread(self, ranks: Ranks, where: str) -> None:
+        """Compute as one of many from now on: keep the experts of this rank, exchange tokens.
+
+        Args:
+            ranks: The ranks, this one among them.
+            where: Name of this layer, for the errors of an exchange.
+        """
+        self.ranks, self.where = ranks, where
+        self.bank.keep(ranks.held(self.config.num_experts))
 
     def forward(
         self, residual_NBD: Tensor, x_NBD: Tensor, layout: Layout, gate_NB1: Tensor | None
@@ -212,9 +224,7 @@ class SparseMlp(nn.Module):
             outs.append(out)
             told.append(dispatched)
         aux_loss = (told[0].aux_loss * (batch - rest) + told[1].aux_loss * rest) / batch
-        return torch.cat(outs, dim=1), Dispatched(
-            aux_loss, told[0].assignments + told[1].assignments
-        )
+        return torch.cat(outs, dim=1), Dispatched(aux_loss, told[0].classes + told[1].classes)
 
     def capacity(self, num_tokens: int, of_image: int) -> int:
         """Slots of one expert for the tokens of one width class of a group.
@@ -285,16 +295,24 @@ class SparseMlp(nn.Module):
         noisy_NBE = logits_NBE
         std = self.config.noise / self.config.num_experts
         if self.training and std:
-            noisy_NBE = logits_NBE + std * torch.randn_like(logits_NBE)
+            noisy_NBE = logits_NBE + std * self._noise(logits_NBE)
         assign = partial(self._assign, of_image=x_NBD.shape[0])
-        plan = plan_slots(noisy_NBE.softmax(dim=-1), layout, group, assign)
+        probs_NBE = noisy_NBE.softmax(dim=-1)
+        plan = plan_slots(probs_NBE, layout, group, assign)
         weight_RK = plan.weight_RK
         if gate_NB1 is not None:
             weight_RK = weight_RK * gate_NB1.reshape(-1, 1)
-        y_EQD = self.bank(dispatch(x_NBD, plan), plan.slots)
-        out_NBD = combine(residual_NBD, y_EQD, weight_RK, plan)
+        each_y_EQd = self.bank(dispatch(x_NBD, plan), self.ranks, self.where)
+        out_NBD = combine(residual_NBD, each_y_EQd, weight_RK, plan)
         aux_loss = self._aux_loss(by_group(logits_NBE, group), by_group(noisy_NBE, group), std)
-        return out_NBD, Dispatched(aux_loss, plan.assignments)
+        return out_NBD, Dispatched(aux_loss, tuple(of.routed for of in plan.classes))
+
+    def _noise(self, logits_NBE: Tensor) -> Tensor:
+        """Standard normal numbers, drawn for all ranks' images: the same however many ranks."""
+        num_tokens, batch, num_experts = logits_NBE.shape
+        shape = (num_tokens, batch * self.ranks.parts, num_experts)
+        whole = torch.randn(shape, dtype=logits_NBE.dtype, device=logits_NBE.device)
+        return self.ranks.share(whole, axis=1)
 
     def _assign(self, probs_GSE: Tensor, of_image: int) -> Assignment:
         capacity = self.capacity(probs_GSE.shape[1], of_image)
@@ -321,7 +339,7 @@ class SparseMlp(nn.Module):
 
 
 class ExpertBank(nn.Module):
-    """E two-layer perceptrons, each nested in and out.
+    """E two-layer perceptrons, each nested in and out; where ranks share them, those of one rank.
 
     All start from the same weights, as V-MoE's do; routing alone tells them apart.
     """
@@ -334,78 +352,116 @@ class ExpertBank(nn.Module):
         self.down_weight_EDF = nn.Parameter(_equal(num_experts, dim, hidden))
         self.down_bias_ED = nn.Parameter(torch.zeros(num_experts, dim))
 
-    def forward(self, x_EQD: Tensor, slots: Layout) -> Tensor:
-        """Every expert on its own slots: `EQD` in and out, features past a slot's width unset."""
-        inputs = as_autocast(
-            x_EQD, self.up_weight_EFD, self.up_bias_EF, self.down_weight_EDF, self.down_bias_ED
-        )
+    def keep(self, experts: range) -> None:
+        """Let go of all experts but these."""
+        for name, weight in list(self.named_parameters()):
+            held = weight.detach()[experts.start : experts.stop].clone()
+            setattr(self, name, nn.Parameter(held, requires_grad=weight.requires_grad))
+
+    def forward(
+        self, each_x_EQd: Sequence[Tensor], ranks: Ranks = ALONE, where: str = ""
+    ) -> tuple[Tensor, ...]:
+        """Every expert on its own slots, wherever it is: an `EQd` per width class, in and out.
+
+        Args:
+            each_x_EQd: This rank's slots of all experts, widest class first, contiguous.
+            ranks: Over which the experts are spread.
+            where: Name of the layer, for the errors of an exchange.
+        """
+        weights = (self.up_weight_EFD, self.up_bias_EF, self.down_weight_EDF, self.down_bias_ED)
+        inputs = as_autocast(*weights, *each_x_EQd)
         learning = torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
-        out: Tensor = _Bank.apply(  # type: ignore[no-untyped-call]
-            *inputs, slots, self.approximate, learning
-        )
+        how = _How(self.approximate, learning, ranks, where)
+        out: tuple[Tensor, ...] = _Bank.apply(how, *inputs)  # type: ignore[no-untyped-call]
         return out
 
 
+class _How(NamedTuple):
+    """What a bank's passes are told besides tensors."""
+
+    approximate: str
+    learning: bool
+    ranks: Ranks
+    where: str
+
+    def to_experts(self, each_x_EQd: Sequence[Tensor], what: str) -> list[Arriving]:
+        """Start to send all classes, widest first: while one is computed the next ones travel."""
+        return [
+            self.ranks.to_experts(x_EQd.contiguous(), self._name(x_EQd, what))
+            for x_EQd in each_x_EQd
+        ]
+
+    def to_tokens(self, y_EQd: Tensor, what: str) -> Arriving:
+        """Start to send one class back."""
+        return self.ranks.to_tokens(y_EQd, self._name(y_EQd, what))
+
+    def _name(self, x_EQd: Tensor, what: str) -> str:
+        return f"{self.where}, width {x_EQd.shape[2]}, {what}"
+
+
 class _Bank(Function):
-    """Expert by expert and class by class, so that a hidden layer is used while in the cache."""
+    """Class by class, so that classes travel while others are computed; the widest goes first.
+
+    The exchange is in here, in both directions of both passes, because the gradients of weights
+    are sums over classes: the widest writes them, the others add to their prefix.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x_EQD: Tensor,
-        up_EFD: Tensor,
-        up_bias_EF: Tensor,
-        down_EDF: Tensor,
-        down_bias_ED: Tensor,
-        slots: Layout,
-        approximate: str,
-        learning: bool,
-    ) -> Tensor:
-        stacked = (up_EFD, up_bias_EF, down_EDF, down_bias_ED)
-        y_EQD = torch.empty_like(x_EQD)
+    def forward(ctx: Any, how: _How, *inputs: Tensor) -> tuple[Tensor, ...]:
+        weights, each_x_EQd = MlpWeights(*inputs[:4]), inputs[4:]
+        arriving = how.to_experts(each_x_EQd, "inputs")
+        returning: list[Arriving] = []
         kept: list[Tensor] = []
-        for x_QD, y_QD, *weights in zip(x_EQD, y_EQD, *stacked, strict=True):
-            expert = MlpWeights(*weights)
-            for rows, dim in row_blocks(slots):
-                _, keep = mlp_rows(
-                    x_QD[rows, :dim],
-                    expert.prefix(dim),
-                    approximate,
-                    learning=learning,
-                    out=y_QD[rows, :dim],
-                )
-                kept.extend(keep if learning else ())
-        if learning:
-            ctx.save_for_backward(x_EQD, *stacked, *kept)
-        ctx.slots, ctx.approximate = slots, approximate
-        return y_EQD
+        for arrive in arriving:
+            x_EQd = arrive()
+            y_EQd = torch.empty_like(x_EQd)
+            kept.append(x_EQd)
+            experts = _experts(weights.prefix(x_EQd.shape[2]))
+            for x, y, expert in zip(_parts(x_EQd), _parts(y_EQd), experts, strict=True):
+                _, keep = mlp_rows(x, expert, how.approximate, learning=how.learning, out=y)
+                kept.extend(keep if how.learning else ())
+            returning.append(how.to_tokens(y_EQd, "outputs"))
+        if how.learning:
+            ctx.save_for_backward(*weights, *kept)
+        ctx.how = how
+        return tuple(arrive() for arrive in returning)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_EQD: Tensor) -> tuple[Tensor | None, ...]:
-        x_EQD, *saved = ctx.saved_tensors
-        stacked, kept = MlpWeights(*saved[:4]), iter(saved[4:])  # here with an axis of experts
-        grad_stacked = MlpWeights(*(torch.empty_like(each) for each in stacked))
-        grad_x_EQD = torch.empty_like(x_EQD)
-        past = slice(ctx.slots.reach, None)  # no slot reaches these features
-        grad_stacked.up_FD[:, :, past].zero_()
-        grad_stacked.down_DF[:, past].zero_()
-        grad_stacked.down_bias_D[:, past].zero_()
-        each_expert = zip(grad_EQD, x_EQD, grad_x_EQD, *stacked, *grad_stacked, strict=True)
-        for grad_QD, x_QD, grad_x_QD, *weights in each_expert:
-            expert, grads = MlpWeights(*weights[:4]), MlpWeights(*weights[4:])
-            for rows, dim in row_blocks(ctx.slots):
+    def backward(ctx: Any, *grads_EQd: Tensor) -> tuple[Tensor | None, ...]:
+        saved, how = ctx.saved_tensors, ctx.how
+        weights, kept = MlpWeights(*saved[:4]), iter(saved[4:])
+        grad_weights = weights.empty_gradients(grads_EQd[0].shape[2])
+        arriving = how.to_experts(grads_EQd, "gradients of outputs")
+        returning: list[Arriving] = []
+        for index, arrive in enumerate(arriving):
+            grad_EQd, x_EQd = arrive(), next(kept)
+            grad_x_EQd = torch.empty_like(x_EQd)
+            rows = map(_parts, (grad_EQd, x_EQd, grad_x_EQd))
+            experts = (_experts(each.prefix(x_EQd.shape[2])) for each in (weights, grad_weights))
+            for grad, x, grad_x, expert, grad_expert in zip(*rows, *experts, strict=True):
                 mlp_rows_backward(
-                    grad_QD[rows, :dim],
-                    x_QD[rows, :dim],
+                    grad,
+                    x,
                     KeptRows(next(kept), next(kept)),
-                    expert.prefix(dim),
-                    ctx.approximate,
-                    grad_weights=grads.prefix(dim),
-                    accumulate=rows.start > 0,
-                    grad_x_rd=grad_x_QD[rows, :dim],
+                    expert,
+                    how.approximate,
+                    grad_weights=grad_expert,
+                    accumulate=index > 0,
+                    grad_x_rd=grad_x,
                 )
-        return grad_x_EQD, *grad_stacked, None, None, None
+            returning.append(how.to_tokens(grad_x_EQd, "gradients of inputs"))
+        return None, *grad_weights, *(arrive() for arrive in returning)
+
+
+def _parts(stacked: Tensor) -> Sequence[Tensor]:
+    """Experts one by one where their hidden layers then stay in cache, elsewhere all at once."""
+    return stacked.unbind() if stacked.device.type == "cpu" else (stacked,)
+
+
+def _experts(stacked: MlpWeights) -> list[MlpWeights]:
+    """The weights, or gradients, that go with `_parts`."""
+    return [MlpWeights(*each) for each in zip(*map(_parts, stacked), strict=True)]
 
 
 def _equal(num_experts: int, fan_out: int, fan_in: int) -> Tensor:

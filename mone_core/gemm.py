@@ -5,7 +5,8 @@ done: by torch's own float32 BLAS or by oneDNN, which some processors run twice 
 choice is one setting of the process and never depends on a timing inside a step: two runs with
 the same setting add up in the same order, to the last bit.
 
-Axes: R rows, K features in, M features out, F hidden features.
+Axes: R rows, K features in, M features out, F hidden features. All operands of a product may have
+one more axis in front, of experts, which is one product for each.
 """
 
 import math
@@ -105,7 +106,7 @@ def linear(
     """`x @ weight.T + bias`, into `out` where it is given. Operands may be strided views."""
     if _by_onednn(x_RK):
         return _onednn(x_RK, weight_MK, bias_M, out)
-    return _by_torch(bias_M, x_RK, weight_MK.t(), out)
+    return _by_torch(bias_M, x_RK, weight_MK.mT, out)
 
 
 def linear_grad_input(grad_RM: Tensor, weight_MK: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -120,11 +121,11 @@ def linear_grad_parameters(
 ) -> None:
     """Write the gradients of a linear layer's weight and bias, or add them to what is there."""
     if accumulate:
-        bias_M.add_(grad_RM.sum(0))
+        bias_M.add_(grad_RM.sum(-2))
     else:
-        torch.sum(grad_RM, dim=0, out=bias_M)
+        torch.sum(grad_RM, dim=-2, out=bias_M)
     if not _by_onednn(grad_RM):
-        _by_torch(weight_MK if accumulate else None, grad_RM.t(), x_RK, weight_MK)
+        _by_torch(weight_MK if accumulate else None, grad_RM.mT, x_RK, weight_MK)
     elif accumulate:
         weight_MK.add_(_onednn(grad_RM.t(), x_RK.t(), None, None))
     else:
@@ -141,7 +142,7 @@ def gelu(h_RF: Tensor, approximate: str, *, out: Tensor) -> None:
     if not _gelu_in_parts(h_RF, approximate):
         torch.ops.aten.gelu.out(h_RF, approximate=approximate, out=out)
         return
-    rows = max(1, _IN_CACHE // h_RF.shape[1])
+    rows = max(1, _IN_CACHE // h_RF.shape[-1])
     linear_term = torch.tensor(_LINEAR, dtype=h_RF.dtype, device=h_RF.device)
     for h_rF, out_rF in zip(torch.split(h_RF, rows), torch.split(out, rows), strict=True):
         s_rF = torch.addcmul(linear_term, h_rF, h_rF, value=_CUBIC).mul_(h_rF).sigmoid_()
@@ -164,16 +165,22 @@ def gelu_grad(grad_RF: Tensor, kept_RF: Tensor, approximate: str, *, out: Tensor
 
 
 def _by_onednn(x: Tensor) -> bool:
-    return _chosen == "onednn" and x.device.type == "cpu" and x.dtype == torch.float32
+    fits = x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim == 2
+    return _chosen == "onednn" and fits
 
 
 def _by_torch(added: Tensor | None, left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
     if out is not None and torch.compiler.is_compiling():
         # The compiler traces no product into a strided view; it plans such copies itself.
         return out.copy_(_by_torch(added, left, right, None))
+    stacked = left.ndim == 3
     if added is None:
-        return torch.mm(left, right, out=out)
-    return torch.addmm(added, left, right, out=out)
+        return (torch.bmm if stacked else torch.mm)(left, right, out=out)
+    if not stacked:
+        return torch.addmm(added, left, right, out=out)
+    if added.ndim == 2:  # a bias of each
+        added = added.unsqueeze(1)
+    return torch.baddbmm(added, left, right, out=out)
 
 
 def _onednn(x_RK: Tensor, weight_MK: Tensor, bias_M: Tensor | None, out: Tensor | None) -> Tensor:

@@ -151,7 +151,7 @@ def nested_mlp(
 
 
 class MlpWeights(NamedTuple):
-    """Weights of a two-layer perceptron, or their gradients."""
+    """Weights of a two-layer perceptron, or of a stack of them, or their gradients."""
 
     up_FD: Tensor
     up_bias_F: Tensor
@@ -161,13 +161,16 @@ class MlpWeights(NamedTuple):
     def prefix(self, dim: int) -> "MlpWeights":
         """Views of what tokens of the first `dim` features use."""
         return MlpWeights(
-            self.up_FD[:, :dim], self.up_bias_F, self.down_DF[:dim], self.down_bias_D[:dim]
+            self.up_FD[..., :dim],
+            self.up_bias_F,
+            self.down_DF[..., :dim, :],
+            self.down_bias_D[..., :dim],
         )
 
     def empty_gradients(self, reach: int) -> "MlpWeights":
         """Room for gradients: the widest class writes all up to `reach`; zero from there on."""
-        up_FD, down_DF = _zero_past(self.up_FD, reach, 1), _zero_past(self.down_DF, reach, 0)
-        down_bias_D = _zero_past(self.down_bias_D, reach, 0)
+        up_FD, down_DF = _zero_past(self.up_FD, reach, -1), _zero_past(self.down_DF, reach, -2)
+        down_bias_D = _zero_past(self.down_bias_D, reach, -1)
         return MlpWeights(up_FD, torch.empty_like(self.up_bias_F), down_DF, down_bias_D)
 
 
@@ -186,7 +189,10 @@ def mlp_rows(
     learning: bool,
     out: Tensor | None = None,
 ) -> tuple[Tensor, KeptRows]:
-    """A perceptron on one block of rows of one width; what is kept is void unless learning."""
+    """A perceptron on one block of rows of one width; what is kept is void unless learning.
+
+    A stack of blocks goes through a stack of perceptrons, one each.
+    """
     h_rF = linear(x_rd, weights.up_FD, weights.up_bias_F)
     act_rF = torch.empty_like(h_rF) if learning else h_rF
     gelu(h_rF, approximate, out=act_rF)

@@ -23,6 +23,7 @@ from mone_core.experts import Dispatched, SparseBlock
 from mone_core.flops import attention_macs, linear_macs, mlp_macs
 from mone_core.models.config import ModelConfig
 from mone_core.nested import Layout
+from mone_core.ranks import ALONE, Ranks
 from mone_core.routing import Router, expert_preferred_routing, sort_by_width
 
 
@@ -95,6 +96,7 @@ class Encoder(nn.Module):
         gated = config.depth - nesting.router_layers[0] if nesting.learned else 0
         alphas = min(1, gated) if nesting.alpha == "model" else gated
         self.alphas = nn.ModuleList(BoundedScale() for _ in range(alphas))
+        self.ranks: Ranks = ALONE
         self.set_effective_capacity(nesting.effective_capacity)
 
     def set_effective_capacity(self, effective_capacity: float) -> None:
@@ -155,8 +157,9 @@ class Encoder(nn.Module):
                 x_BND = self.router_norms[index](x_BND)
             probs_BNE = self.routers[index](x_BND)
         else:
-            shape = (*x_BND.shape[:2], len(self.config.nesting.widths))
-            probs_BNE = torch.rand(shape, device=x_BND.device)
+            batch, num_tokens, _ = x_BND.shape
+            shape = (batch * self.ranks.parts, num_tokens, len(self.config.nesting.widths))
+            probs_BNE = self.ranks.share(torch.rand(shape, device=x_BND.device), axis=0)
         expert_BN = expert_preferred_routing(probs_BNE, self.plan.counts)
         state.sort(
             expert_BN, probs_BNE, self.plan, self._num_cls, gated=self.config.nesting.learned

@@ -92,7 +92,7 @@ class Layer(nn.Module):
     def dropped(self, x_NBD: Tensor) -> float:
         """Share of choices that found no slot."""
         _, told = self.sparse(x_NBD, x_NBD, self.layout, None)
-        kept = torch.cat([each.kept_GSK.flatten() for each in told.assignments])
+        kept = torch.cat([each.assignment.kept_GSK.flatten() for each in told.classes])
         return 1 - kept.float().mean().item()
 
     def slots(self, images: int) -> list[tuple[int, int]]:

@@ -292,8 +292,8 @@ def test_the_floor_of_a_sparse_layer_counts_the_slots_that_it_has():
     _, told = layer.sparse(x_NBD, x_NBD, layer.layout, None)
 
     slots = [
-        (2 * each.filled_GEC.numel(), dim)
-        for each, dim in zip(told.assignments, (192, 96, 48, 24), strict=True)
+        (2 * each.assignment.filled_GEC.numel(), dim)
+        for each, dim in zip(told.classes, (192, 96, 48, 24), strict=True)
     ]
 
     floor_ms = layer.floor_ms(device, 2 * GROUP * 196, training=True)

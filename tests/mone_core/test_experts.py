@@ -97,7 +97,7 @@ def test_batches_of_any_size_are_cut_into_groups(batch, group):
 
     assert_equals_the_reference(layer, *operands(batch))
     _, told = layer(*operands(batch, gated=False)[:2], FLAT, None)
-    sizes = [each.kept_GSK.shape[:2] for each in told.assignments]
+    sizes = [each.assignment.kept_GSK.shape[:2] for each in told.classes]
     images = [groups * tokens // 7 for groups, tokens in sizes]
     assert sum(images) == batch
     assert len(sizes) == (2 if batch > group and batch % group else 1)
@@ -119,7 +119,7 @@ def test_skewed_routing_is_no_exception(routing, k, ratio):
 
     _, told = layer(residual, x, FLAT, gate)
     if routing != "experts_choose":
-        filled = [each.filled_GEC.any(2).all(0) for each in told.assignments]
+        filled = [each.assignment.filled_GEC.any(2).all(0) for each in told.classes]
         assert all(each.tolist() == [False, k == 2, True, False] for each in filled)
         for name in ("up_weight_EFD", "up_bias_EF", "down_weight_EDF", "down_bias_ED"):
             assert (grads["bank." + name][[0, 3]] == 0).all()
@@ -132,8 +132,8 @@ def test_a_token_that_loses_all_its_choices_is_left_as_it_was():
 
     out, told = layer(residual, x, FLAT, gate)
 
-    (assignment,) = told.assignments
-    lost = ~assignment.kept_GSK.any(2).view(4, 7).t()
+    (only,) = told.classes
+    lost = ~only.assignment.kept_GSK.any(2).view(4, 7).t()
     assert lost.any()
     assert torch.equal(out[lost], residual[lost])
     assert (out[~lost] != residual[~lost]).any(-1).all()
@@ -192,7 +192,7 @@ def test_every_width_class_has_its_share_of_every_expert():
 
     _, told = layer(*operands(4, layout)[:2], layout, None)
 
-    slots = [each.choice_GEC.shape for each in told.assignments]
+    slots = [each.assignment.choice_GEC.shape for each in told.classes]
     assert slots == [(2, 2, 1), (2, 2, 2), (2, 2, 4)]  # groups, experts, of 2, 4 and 8 tokens
 
 
@@ -255,7 +255,7 @@ def test_half_precision_layers_score_in_float32(dtype):
     out, told = layer.to(dtype)(residual.to(dtype), x.to(dtype), FLAT, None)
 
     assert out.dtype == dtype
-    assert told.assignments[0].weight_GSK.dtype == torch.float32
+    assert told.classes[0].assignment.weight_GSK.dtype == torch.float32
     torch.testing.assert_close(out.double(), expected, rtol=0.05, atol=0.1)
     out.sum().backward()
     assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in layer.parameters())
@@ -302,7 +302,7 @@ def test_choices_are_weighted_in_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         out, told = layer(torch.zeros_like(x), x, FLAT, None)
 
-    weight_NB1 = told.assignments[0].weight_GSK.view(2, 7, 1).transpose(0, 1)
+    weight_NB1 = told.classes[0].assignment.weight_GSK.view(2, 7, 1).transpose(0, 1)
     torch.testing.assert_close(out, weight_NB1.expand_as(out), rtol=1e-6, atol=0)
 
 

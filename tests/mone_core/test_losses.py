@@ -289,7 +289,8 @@ def test_the_noise_is_normal_with_its_deviation_shared_by_the_experts(experts, n
     ).train()
     layout, x = Layout.of((4000,), (2,)), torch.zeros(4000, 2, 2, dtype=torch.float64)
 
-    (assignment,) = layer(x, x, layout, None)[1].assignments
+    (only,) = layer(x, x, layout, None)[1].classes
+    assignment = only.assignment
 
     assert assignment.kept_GSK.all()
     logs = assignment.weight_GSK.log()
