@@ -1,9 +1,10 @@
-"""What can go wrong with machines, as one tree.
+"""What can go wrong with machines, as one tree, and what goes wrong between them.
 
     ClusterError            a user's mistake: the command line prints it and exits 2
     ├── LaunchError         Ray cannot be started or joined
     ├── JobError            a job cannot be submitted or followed
     └── ScheduleError       a schedule cannot be written
+    CollectiveError         ranks lost each other: no user's mistake, a run goes on later
 
 A message is one line: the thing, its value, the values it takes, the next step. A job that ran
 and failed is no error of this tree: its exit code is in `jobs.JobOutcome`.
@@ -24,3 +25,7 @@ class JobError(ClusterError):
 
 class ScheduleError(ClusterError):
     """A schedule with a field that Kubernetes or cron would refuse."""
+
+
+class CollectiveError(Exception):
+    """Something that all ranks do together did not complete; names the rank and what it was at."""

@@ -16,7 +16,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from cluster.errors import LaunchError
+from cluster.errors import CollectiveError, LaunchError
 from cluster.mailbox import Mailbox
 from cluster.session import cluster_cpus
 
@@ -107,12 +107,15 @@ def _fit(trainer: TorchTrainer, mailbox: Mailbox, on_message: Callable[[Any], No
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The exception that a process raised, rather than the layers around it."""
-    if isinstance(error, TrainingFailedError):
-        raised = getattr(error, "worker_failures", None) or {}
-        for rank in sorted(raised):
-            return raised[rank]  # type: ignore[no-any-return]
-    return error
+    """The exception that a process raised, rather than the layers around it.
+
+    Where one failed and the others could not go on without it, the one that failed.
+    """
+    if not isinstance(error, TrainingFailedError):
+        return error
+    raised = getattr(error, "worker_failures", None) or {}
+    in_order = sorted(raised, key=lambda r: (isinstance(raised[r], CollectiveError), r))
+    return raised[in_order[0]] if in_order else error
 
 
 def check_resources(workers: Workers) -> None:

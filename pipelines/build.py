@@ -5,6 +5,7 @@ import torch
 from cluster.backends import Backend
 from mone_core.gemm import use_gemm
 from mone_core.models import ViT, build_model
+from mone_core.parallel import expert_parameters, spread
 from pipelines.checkpoint import Checkpoints
 from pipelines.config import RunConfig
 from pipelines.data.order import Position
@@ -18,12 +19,15 @@ from pipelines.weights import start_from
 def build_run(config: RunConfig, backend: Backend, reporter: Reporter) -> Run:
     """Everything that training needs on this rank."""
     use_gemm(config.parallel.gemm)
-    core = initial_model(config).to(backend.device)
+    core = initial_model(config)
+    spread(core, backend)
+    experts = frozenset(expert_parameters(core))
     return Run(
         config=config,
         backend=backend,
         core=core,
-        model=backend.place(core),
+        model=backend.place(core, experts),
+        experts=experts,
         optimizer=build_optimizer(core, config.optim),
         stream=training_stream(config, backend),
         validation=validation_stream(config, rank=backend.rank, world=backend.world),

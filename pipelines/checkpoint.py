@@ -29,6 +29,7 @@ from torch.optim import AdamW
 
 from cluster.backends import Backend
 from mone_core.models import ViT
+from mone_core.parallel import expert_parameters
 from pipelines.config import CONFIG, RunConfig, differences, read_config, write_config
 from pipelines.data.order import Position
 from pipelines.errors import RunError
@@ -69,10 +70,10 @@ class Checkpoints:
         if self._backend.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)  # left unfinished by a killed run
             folder.mkdir(parents=True)
-        self._backend.barrier()
+        self._backend.barrier("beginning a checkpoint")
         with _quiet_without_process_group():
             dcp_save(
-                _tensors(model, optimizer),
+                self._whole(_tensors(model, optimizer), model),
                 storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
                 no_dist=not dist.is_initialized(),
             )
@@ -81,7 +82,7 @@ class Checkpoints:
             write_json(folder / POSITION, position)
             write_json(folder / COMMITTED, _records(folder))
             self._drop_old()
-        self._backend.barrier()
+        self._backend.barrier("finishing a checkpoint")
 
     def restore_newest(self, model: nn.Module, optimizer: AdamW) -> tuple[int, Position] | None:
         """Load the newest whole checkpoint; None when there is none.
@@ -94,16 +95,25 @@ class Checkpoints:
             return None
         step = step_of(folder)
         tensors = _room(model)
-        _load(tensors, folder)
+        # Loads in place: of the tensor of all experts the part that is this rank's.
+        _load(self._whole(tensors, model), folder)
         _put_moments(tensors, model, optimizer, step)
         return step, read_json(folder / POSITION, Position, otherwise=RunError)
+
+    def _whole(self, tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """The same, this rank's experts as a part of one `[E, ...]` tensor of all experts."""
+        experts = set(expert_parameters(model))
+        return {
+            name: self._backend.stacked(tensor) if _parameter(name) in experts else tensor
+            for name, tensor in tensors.items()
+        }
 
     def _agreed_step(self) -> int:
         """Rank 0 looks and the others take its word: a shared disk may show them other files."""
         found = newest_checkpoint(self._folder.parent) if self._backend.rank == 0 else None
         step = step_of(found) if found else -1
         mine = torch.tensor(step if self._backend.rank == 0 else 0, device=self._backend.device)
-        return int(self._backend.sum_over_ranks(mine))
+        return int(self._backend.sum_over_ranks(mine, "agreeing on a checkpoint"))
 
     def _drop_old(self) -> None:
         run = self._folder.parent
@@ -189,6 +199,12 @@ def load_weights(checkpoint: Path, model: ViT) -> None:
     tensors = {name: torch.empty_like(value) for name, value in _weights(model).items()}
     _load(tensors, checkpoint)
     model.load_state_dict({name.removeprefix("model."): value for name, value in tensors.items()})
+
+
+def _parameter(name: str) -> str:
+    """The parameter that a tensor of a checkpoint is, or is a moment of."""
+    kind, _, rest = name.partition(".")
+    return rest if kind == "model" else rest.rpartition(".")[0]
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

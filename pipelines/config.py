@@ -118,6 +118,8 @@ class TrainConfig:
             fresh ones.
         start_allow: Differences from those weights that are meant: "head" (a fresh head),
             "pool", "gelu", "norm_eps".
+        microbatches: Equal parts that a worker computes its images in, one after the other;
+            saves memory, and gives the gradient of the whole.
     """
 
     steps: int = 1000
@@ -132,6 +134,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     start_from: Path | None = None
     start_allow: tuple[Allowed, ...] = ()
+    microbatches: int = 1
 
     def __post_init__(self) -> None:
         problems = _below_one(
@@ -142,6 +145,7 @@ class TrainConfig:
             "eval_every",
             "checkpoint_every",
             "keep_checkpoints",
+            "microbatches",
         )
         if not problems and self.checkpoint_every % self.log_every:
             problems.append(
@@ -159,19 +163,29 @@ class ParallelConfig:
 
     Attributes:
         num_workers: Training processes; divides `train.batch_size`.
+        expert: Workers that share out the sparse experts among them, neighbours by number;
+            divides `num_workers` and the experts. At 1 every worker has all experts.
         device: "cpu" or "cuda", one device per worker.
         threads: Torch threads per worker on CPU.
         gemm: What computes float32 products on CPU, see `mone_core.gemm`; part of the run, since
             another choice rounds otherwise. `mone_core.gemm.fastest_gemm()` measures which suits.
+        collective_timeout_s: Seconds that a worker waits for the others before it fails.
     """
 
     num_workers: int = 1
+    expert: int = 1
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = 1
     gemm: GemmName = "torch"
+    collective_timeout_s: int = 120
 
     def __post_init__(self) -> None:
-        _raise_if_any("parallel", _below_one(self, "num_workers", "threads"))
+        problems = _below_one(self, "num_workers", "expert", "threads", "collective_timeout_s")
+        if not problems and self.num_workers % self.expert:
+            problems.append(
+                f"expert must divide num_workers, got {self.expert} and {self.num_workers}"
+            )
+        _raise_if_any("parallel", problems)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,10 +225,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.train.batch_size % self.parallel.num_workers:
+        parts = self.parallel.num_workers * self.train.microbatches
+        if self.train.batch_size % parts:
             problems.append(
-                f"parallel.num_workers must divide train.batch_size, got "
-                f"{self.parallel.num_workers} and {self.train.batch_size}"
+                f"parallel.num_workers times train.microbatches must divide train.batch_size, got "
+                f"{self.parallel.num_workers} times {self.train.microbatches} and "
+                f"{self.train.batch_size}"
             )
         if self.data.eval_resize < self.model.image_size:
             problems.append(
@@ -244,15 +260,30 @@ class RunConfig:
 
     def _group_problems(self) -> list[str]:
         """Images that are routed together must not depend on how many workers there are."""
-        experts = self.model.experts
-        per_worker = self.train.batch_size // self.parallel.num_workers
-        if experts.placement == "none" or per_worker % experts.group_images == 0:
-            return []
-        return [
-            f"model.experts.group_images must divide the {per_worker} images of a worker "
-            f"(train.batch_size {self.train.batch_size} over parallel.num_workers "
-            f"{self.parallel.num_workers}), got {experts.group_images}"
-        ]
+        experts, parallel = self.model.experts, self.parallel
+        if experts.placement == "none":
+            if parallel.expert == 1:
+                return []
+            return [
+                f"parallel.expert must be 1 for a model without sparse experts "
+                f"(model.experts.placement none), got {parallel.expert}: nested experts are parts "
+                f"of one set of weights, and more workers are used best with images of their own"
+            ]
+        problems = []
+        if experts.num_experts % parallel.expert:
+            problems.append(
+                f"parallel.expert must divide model.experts.num_experts, got {parallel.expert} "
+                f"and {experts.num_experts}"
+            )
+        at_once = self.train.batch_size // (parallel.num_workers * self.train.microbatches)
+        if at_once % experts.group_images:
+            problems.append(
+                f"model.experts.group_images must divide the {at_once} images that a worker "
+                f"computes at once (train.batch_size {self.train.batch_size} over "
+                f"parallel.num_workers {parallel.num_workers} and train.microbatches "
+                f"{self.train.microbatches}), got {experts.group_images}"
+            )
+        return problems
 
 
 def to_yaml(config: RunConfig) -> str:

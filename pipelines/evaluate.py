@@ -51,7 +51,7 @@ def score(
         for batch in stream:
             sums += _counted(model, batch.to(backend.device), budgets)
     model.train(training)
-    totals = backend.sum_over_ranks(sums).tolist()
+    totals = backend.sum_over_ranks(sums, "adding up an evaluation").tolist()
     return {
         budget: Score(accuracy=right / count, loss=loss / count, samples=int(count))
         for budget, (right, loss, count) in zip(budgets, totals, strict=True)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from cluster.errors import CollectiveError
 from cluster.launch import Workers, run_on_workers
 from cluster.mailbox import Mailbox
 from cluster.session import ray_session
@@ -33,10 +34,15 @@ from pipelines.worker import train_worker
 
 DATA = "data.json"
 
-# What may change between two starts of one run: none of it changes a single loss.
+# What may change between two starts of one run: none of it changes a single loss, other than
+# another sharing out of the work by the order in which numbers are added up.
 _MAY_CHANGE = (
     "out",  # a folder that was moved
+    "train.microbatches",
+    "parallel.num_workers",
+    "parallel.expert",
     "train.keep_checkpoints",
+    "parallel.collective_timeout_s",
     "tracking.uri",
     "tracking.experiment",
     "tracking.model",
@@ -79,7 +85,7 @@ def run_training(
             if "loss" in message.values:
                 meter.update(message.step, config.train.steps, _note(message))
 
-        with _stop_signals(mailbox.ask_to_stop):
+        with _stop_signals(mailbox.ask_to_stop), _goes_on_later(config):
             run_on_workers(
                 train_worker,
                 {"config": config, "mailbox": mailbox},
@@ -123,7 +129,12 @@ def resolve(config: RunConfig) -> RunConfig:
 def workers_of(config: RunConfig) -> Workers:
     """The processes that a run asks a cluster for."""
     parallel = config.parallel
-    return Workers(count=parallel.num_workers, device=parallel.device, cpus=parallel.threads)
+    return Workers(
+        count=parallel.num_workers,
+        device=parallel.device,
+        cpus=parallel.threads,
+        collective_timeout_s=parallel.collective_timeout_s,
+    )
 
 
 def check_run(config: RunConfig) -> int:
@@ -220,6 +231,17 @@ def steps_done(run: Path) -> int:
 def _note(row: MetricRow) -> str:
     values = row.values
     return f"loss {values['loss']:.3f}  {values['images_per_second']:.0f} images/s"
+
+
+@contextmanager
+def _goes_on_later(config: RunConfig) -> Iterator[None]:
+    """Workers that lost each other are nobody's mistake, and cost no more than some steps."""
+    try:
+        yield
+    except CollectiveError as error:
+        raise RunFailedError(
+            f"{error}; the same command goes on from the last checkpoint in {config.out}"
+        ) from error
 
 
 @contextmanager

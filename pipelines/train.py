@@ -15,10 +15,10 @@ from enum import StrEnum
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import AdamW
 
-from cluster.backends import Backend
+from cluster.backends import Backend, Placed
 from mone_core.losses import softmax_loss
 from mone_core.models import ViT
 from pipelines.checkpoint import Checkpoints
@@ -28,8 +28,11 @@ from pipelines.data.order import Position, mix64
 from pipelines.data.stream import EvalStream, TrainStream
 from pipelines.errors import RunFailedError
 from pipelines.evaluate import score
+from pipelines.gradients import clip_gradients, compute_gradients
 from pipelines.metrics import MetricRow
 from pipelines.optim import learning_rate, set_learning_rate
+
+_NOISE = 1  # tells the seed of a step's noise from that of its budget
 
 
 class Outcome(StrEnum):
@@ -52,15 +55,17 @@ class Run:
     """Everything that one training process works with.
 
     Attributes:
-        core: The bare model: budgets are set and weights saved on it.
-        model: The model to call: `core`, or `core` with gradients averaged over ranks.
+        core: This rank's part of the bare model: budgets are set and weights saved on it.
+        model: The model to call: `core` on its device, with gradients summed over ranks.
+        experts: Names of the parameters of sparse experts.
         start: Where the data begins when there is no checkpoint.
     """
 
     config: RunConfig
     backend: Backend
     core: ViT
-    model: nn.Module
+    model: Placed
+    experts: frozenset[str]
     optimizer: AdamW
     stream: TrainStream
     validation: EvalStream
@@ -106,22 +111,24 @@ def train_step(run: Run, step: int, batch: Batch) -> Tensor:
         gradient before clipping, shape [2], on the device.
     """
     plan, optim = run.config.train, run.config.optim
-    torch.manual_seed(noise_seed(plan.seed, step, run.backend.rank))
     budgets = plan.budgets
     if plan.budgets_per_step == "one":
         budgets = (budget_at(step, budgets, plan.seed),)
-    losses = [_loss(run, batch, budget) for budget in budgets]
-    run.optimizer.zero_grad()
-    torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
-    loss = torch.stack(losses).mean()
-    norm = nn.utils.clip_grad_norm_(run.core.parameters(), optim.clip_norm)
+    parts = list(batch.parts(plan.microbatches))
+
+    def losses_of(index: int) -> Tensor:
+        torch.manual_seed(noise_seed(plan.seed, step))  # every part draws for the whole batch
+        return torch.stack([_loss(run, parts[index], budget) for budget in budgets])
+
+    loss = compute_gradients(run.model, run.backend, plan.microbatches, losses_of)
+    norm = clip_gradients(run.core, run.experts, optim.clip_norm, run.backend)
     set_learning_rate(run.optimizer, learning_rate(step, run.config.train.steps, optim))
     run.optimizer.step()
-    return torch.stack([loss.detach(), norm])
+    return torch.stack([loss, norm])
 
 
 def _loss(run: Run, batch: Batch, budget: float) -> Tensor:
-    """Mean loss over this rank's images at a budget, with what the sparse routers add."""
+    """Mean loss over the images of a part at a budget, with what the sparse routers add."""
     run.core.set_effective_capacity(budget)
     output = run.model(model_input(batch.pixels_BHWC))
     smoothing = run.config.optim.label_smoothing
@@ -130,9 +137,9 @@ def _loss(run: Run, batch: Batch, budget: float) -> Tensor:
     return loss
 
 
-def noise_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of what routers draw in a step: a resumed run draws what an unbroken one did."""
-    return mix64(mix64(mix64(seed % 2**64) ^ step) ^ (rank + 1))
+def noise_seed(seed: int, step: int) -> int:
+    """Seed of what routers draw in a step: the same on all ranks and after a restart."""
+    return mix64(mix64(mix64(seed % 2**64) ^ step) ^ _NOISE)
 
 
 def budget_at(step: int, budgets: Sequence[float], seed: int) -> float:
@@ -160,7 +167,7 @@ class _Window:
     def row(self, step: int) -> MetricRow:
         """The window as a metric row; waits for the device and starts a new window."""
         run = self._run
-        loss, norm = (run.backend.sum_over_ranks(self._sums) / run.backend.world).tolist()
+        loss, norm = (self._summed() / run.backend.world).tolist()
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
                 raise RunFailedError(
@@ -184,6 +191,9 @@ class _Window:
         self._restart()
         self.restart_clock()
         return row
+
+    def _summed(self) -> Tensor:
+        return self._run.backend.sum_over_ranks(self._sums, "adding up a metric row")
 
     def restart_clock(self) -> None:
         """Do not count what came between as training time."""
@@ -213,5 +223,6 @@ def _validation_row(run: Run, step: int) -> MetricRow:
 def _report(run: Run, row: MetricRow) -> bool:
     """Tell of a row from rank 0; the reporter's answer reaches every rank."""
     stop = run.backend.rank == 0 and run.reporter.report(row)
-    agreed = run.backend.sum_over_ranks(torch.tensor(float(stop), device=run.backend.device))
+    mine = torch.tensor(float(stop), device=run.backend.device)
+    agreed = run.backend.sum_over_ranks(mine, "agreeing whether to stop")
     return bool(agreed.item())

@@ -25,7 +25,13 @@ def train_worker(argument: dict[str, Any]) -> None:
     """
     config: RunConfig = argument["config"]
     mailbox: Mailbox = argument["mailbox"]
-    backend = get_backend(config.parallel.device, threads=config.parallel.threads)
+    parallel = config.parallel
+    backend = get_backend(
+        parallel.device,
+        threads=parallel.threads,
+        expert=parallel.expert,
+        timeout_s=parallel.collective_timeout_s,
+    )
     # Workers of a killed driver may live on for moments, and write: they are waited for.
     lock = alone(config.out / LOCK, f"training of {config.out}", wait_s=LOCK_SECONDS)
     with lock if backend.rank == 0 else nullcontext():

@@ -6,17 +6,26 @@ this package asks which it has.
 
 from typing import Literal
 
-from cluster.backends.base import Backend
+from cluster.backends.base import Backend, Placed
 from cluster.backends.torch_native import CpuBackend, CudaBackend
 
-__all__ = ["Backend", "get_backend"]
+__all__ = ["Backend", "Placed", "get_backend"]
 
 
-def get_backend(device: Literal["cpu", "cuda"], *, threads: int = 1) -> Backend:
+def get_backend(
+    device: Literal["cpu", "cuda"], *, threads: int = 1, expert: int = 1, timeout_s: float = 60
+) -> Backend:
     """The backend of this process.
 
     Args:
         device: Which accelerator computes.
         threads: Torch threads on CPU.
+        expert: Ranks to spread experts over; divides the ranks.
+        timeout_s: Seconds after which an exchange of tokens or a sum over experts fails.
+
+    Raises:
+        LaunchError: The ranks cannot be shared out so.
     """
-    return CpuBackend(threads) if device == "cpu" else CudaBackend()
+    if device == "cpu":
+        return CpuBackend(threads, expert, timeout_s)
+    return CudaBackend(expert, timeout_s)

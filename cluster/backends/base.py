@@ -1,9 +1,37 @@
-"""The contract between training and the machine it runs on."""
+"""The contract between training and the machines it runs on."""
 
-from typing import Protocol
+from collections.abc import Callable, Collection
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from cluster.topology import Mesh
+
+
+class Placed(Protocol):
+    """A model where it computes, and the sum of its gradients over ranks.
+
+    A rank's loss is the sum over its images divided by the images of *all* ranks. Gradients are
+    then sums and nothing else: dense ones over all ranks, those of an expert over the ranks
+    that hold it. No divisor stands anywhere that could be the wrong one.
+    """
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Forward pass."""
+        ...
+
+    def zero_gradients(self) -> None:
+        """Begin a step: no parameter has a gradient."""
+        ...
+
+    def last_backward(self) -> None:
+        """The next backward pass is the step's last: what it finishes may be summed at once."""
+        ...
+
+    def finish_gradients(self) -> None:
+        """Wait until every gradient is the sum over ranks."""
+        ...
 
 
 class Backend(Protocol):
@@ -11,27 +39,76 @@ class Backend(Protocol):
 
     Code above never asks which one it has: a new difference between machines becomes a method
     here. Every method that talks to other ranks must be called by all of them, in the
-    same order.
+    same order. To a model it is its ranks: `parts` to `to_tokens` are what `mone_core.ranks`
+    asks for, described there.
 
     Attributes:
         rank: This process among the training processes, from 0.
         world: How many there are.
+        mesh: The table they form.
         device: Where this process computes.
+        parts: Equal parts of a batch: the ranks, times those that each computes one by one.
+        expert_ranks: Ranks that experts are spread over.
     """
 
     rank: int
     world: int
+    mesh: Mesh
     device: torch.device
+    parts: int
+    expert_ranks: int
 
-    def place(self, model: nn.Module) -> nn.Module:
-        """Move a model to the device and, with other ranks, average its gradients over them."""
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes handed to all-to-alls by this rank so far, what stays with it included."""
         ...
 
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """The elementwise sum of every rank's tensor, the same bits on every rank."""
+    def place(self, model: nn.Module, experts: Collection[str]) -> Placed:
+        """Move a model to the device, with rank 0's weights on all ranks.
+
+        Args:
+            model: This rank's part of it.
+            experts: Names of the parameters that are stacked by expert.
+        """
         ...
 
-    def barrier(self) -> None:
+    def take_part(self, index: int, of: int) -> None:
+        """The next passes compute one of several equal parts of this rank's images."""
+        ...
+
+    def share(self, whole: Tensor, axis: int) -> Tensor:
+        """This part of something drawn alike for the images of all parts."""
+        ...
+
+    def held(self, num_experts: int) -> range:
+        """The experts whose weights this process holds."""
+        ...
+
+    def to_experts(self, x_EQd: Tensor, where: str) -> Callable[[], Tensor]:
+        """Send slots to the ranks of their experts."""
+        ...
+
+    def to_tokens(self, y_EQd: Tensor, where: str) -> Callable[[], Tensor]:
+        """Send slots back to the ranks of their tokens."""
+        ...
+
+    def stacked(self, local: Tensor) -> Tensor:
+        """A tensor of this rank's experts as its part of the tensor of all, for checkpoints."""
+        ...
+
+    def sum_over_ranks(self, values: Tensor, what: str) -> Tensor:
+        """The elementwise sum of every rank's tensor, the same bits on every rank.
+
+        Args:
+            what: What is summed, for errors.
+        """
+        ...
+
+    def sum_over_experts(self, values: Tensor, what: str) -> Tensor:
+        """The same over the ranks that share out the experts among them."""
+        ...
+
+    def barrier(self, what: str) -> None:
         """Wait until every rank is here."""
         ...
 

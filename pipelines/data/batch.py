@@ -3,6 +3,7 @@
 Pixels travel as bytes, a quarter of what floats weigh, and become numbers on the device.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,22 @@ class Batch:
             valid_B=self.valid_B.to(device, non_blocking=True),
         )
 
+    def parts(self, count: int) -> "Iterator[Batch]":
+        """The same images in so many equal parts, in order; `count` divides them."""
+        size = self.labels_B.shape[0] // count
+        for start in range(0, count * size, size):
+            rows = slice(start, start + size)
+            yield Batch(
+                pixels_BHWC=self.pixels_BHWC[rows],
+                labels_B=self.labels_B[rows],
+                valid_B=self.valid_B[rows],
+            )
+
 
 def model_input(pixels_BHWC: Tensor) -> Tensor:
-    """uint8 pixels as float32 in [-1, 1], channels first (the range of the JAX ViT families)."""
-    return pixels_BHWC.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+    """uint8 pixels in [-1, 1], channels first (the range of the JAX ViT families).
+
+    In torch's default dtype, as the weights of a new model: float32 unless somebody chose another.
+    """
+    pixels_BCHW = pixels_BHWC.permute(0, 3, 1, 2).to(torch.get_default_dtype())
+    return pixels_BCHW.div_(127.5).sub_(1.0)

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pipelines.config import RunConfig
 from pipelines.errors import UsageError, unknown_name
 from pipelines.recipes.digits import digits
+from pipelines.recipes.digits_vmoe import digits_nested_vmoe, digits_vmoe
 from pipelines.recipes.mone_vit import mone_vit_b16, mone_vit_s16
 from pipelines.recipes.photos import photos
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
-    recipe.__name__: recipe for recipe in (digits, photos, mone_vit_s16, mone_vit_b16)
+    recipe.__name__: recipe
+    for recipe in (digits, digits_vmoe, digits_nested_vmoe, photos, mone_vit_s16, mone_vit_b16)
 }
 
 

@@ -7,6 +7,7 @@ starts gloo processes on the loopback interface.
 import dataclasses
 import io
 import os
+import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -150,13 +151,21 @@ def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
-def on_ranks(work: Callable[..., None], scratch: Path, *arguments: Any, world: int = 2) -> None:
+def on_ranks(
+    work: Callable[..., None], scratch: Path, *arguments: Any, world: int = 2, expert: int = 1
+) -> None:
     """Call `work(backend, *arguments)` in `world` processes that are connected by gloo."""
-    mp.spawn(_rank, (world, scratch / "rendezvous", work, arguments), nprocs=world)
+    meeting = scratch / f"rendezvous-{uuid.uuid4()}"
+    mp.spawn(_rank, (world, expert, meeting, work, arguments), nprocs=world)
 
 
 def _rank(
-    rank: int, world: int, meeting: Path, work: Callable[..., None], arguments: tuple[Any, ...]
+    rank: int,
+    world: int,
+    expert: int,
+    meeting: Path,
+    work: Callable[..., None],
+    arguments: tuple[Any, ...],
 ) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
@@ -167,6 +176,6 @@ def _rank(
         timeout=timedelta(seconds=60),  # a rank that left early fails the other one
     )
     try:
-        work(get_backend("cpu"), *arguments)
+        work(get_backend("cpu", expert=expert), *arguments)
     finally:
         dist.destroy_process_group()

@@ -1,0 +1,108 @@
+"""What ranks do together through torch.distributed, with errors that say who was at what.
+
+Sums are sums: an average would hide a divisor in here (and gloo has none). An all-to-all has equal
+parts, known to both sides beforehand, so no counts are exchanged and nobody waits for a number.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cluster.errors import CollectiveError
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Ranks that do something together, this one among them.
+
+    Attributes:
+        ranks: Their numbers, in the order of their parts.
+        handle: What torch knows them by; None where there is one process alone.
+    """
+
+    ranks: tuple[int, ...]
+    handle: dist.ProcessGroup | None
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is nobody to talk to."""
+        return len(self.ranks) == 1
+
+
+class Collectives:
+    """The collectives of one rank.
+
+    Args:
+        rank: Its number, for errors.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self.sent_bytes = 0
+
+    def start_sum(self, values: Tensor, group: Group, what: str) -> Callable[[], None]:
+        """Begin to replace `values` by their sum over the group; the call waits for it."""
+        if group.alone:
+            return lambda: None
+        with self._named(what):
+            work = dist.all_reduce(values, group=group.handle, async_op=True)
+        return lambda: self._wait(work, what)
+
+    def sum(self, values: Tensor, group: Group, what: str) -> Tensor:
+        """The sum of the group's values; the same bits on all of its ranks."""
+        total = values.clone()
+        self.start_sum(total, group, what)()
+        return total
+
+    def broadcast(self, values: Tensor, group: Group, what: str) -> None:
+        """Replace `values` by those of the group's first rank."""
+        if not group.alone:
+            with self._named(what):
+                dist.broadcast(values, src=group.ranks[0], group=group.handle)
+
+    def start_all_to_all(self, sent: Tensor, group: Group, what: str) -> Callable[[], Tensor]:
+        """Begin to send one part of the first axis to each rank of the group.
+
+        Args:
+            sent: Contiguous; its first axis is the group's ranks. Not to be written until the
+                call has returned.
+
+        Returns:
+            To be called for what the others sent here, of the same shape, in their order.
+        """
+        self.sent_bytes += sent.nbytes
+        received = torch.empty_like(sent)
+        with self._named(what):
+            work = dist.all_to_all_single(received, sent, group=group.handle, async_op=True)
+
+        def arrive() -> Tensor:
+            self._wait(work, what)
+            return received
+
+        return arrive
+
+    def barrier(self, group: Group, what: str) -> None:
+        """Wait until all ranks of the group are here."""
+        if not group.alone:
+            with self._named(what):
+                dist.barrier(group=group.handle)
+
+    def _wait(self, work: dist.Work, what: str) -> None:
+        with self._named(what):
+            work.wait()
+
+    @contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        """Torch reports a lost or late rank as some RuntimeError of its transport."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CollectiveError(
+                f"rank {self._rank}: {what} did not complete; another rank failed, hangs or is "
+                f"slower than parallel.collective_timeout_s allows ({reason})"
+            ) from error
