@@ -70,7 +70,7 @@ def loss_curve(rows: Sequence[MetricRow]) -> bytes:
         An SVG. Values that are not finite leave a gap.
     """
     with matplotlib.rc_context(STYLE):
-        figure, axes = _chart("Loss by training step (cross entropy, nats)")
+        figure, axes = chart("Loss by training step (cross entropy, nats)")
         ends = []
         steps, values = training_series(rows, "loss")
         if len(steps):
@@ -80,9 +80,9 @@ def loss_curve(rows: Sequence[MetricRow]) -> bytes:
             ends.append((steps[-1], smooth[-1], "training", MUTED))
         ends += _budget_lines(axes, rows, "val_loss")
         axes.set_ylim(bottom=0)
-        _step_axis(axes, max(x for x, *_ in ends))
-        _label_ends(axes, ends)
-        return _svg(figure)
+        step_axis(axes, max(x for x, *_ in ends))
+        label_ends(axes, ends)
+        return svg(figure)
 
 
 def accuracy_curve(rows: Sequence[MetricRow], num_classes: int | None = None) -> bytes:
@@ -96,16 +96,16 @@ def accuracy_curve(rows: Sequence[MetricRow], num_classes: int | None = None) ->
         An SVG.
     """
     with matplotlib.rc_context(STYLE):
-        figure, axes = _chart("Validation accuracy by training step")
+        figure, axes = chart("Validation accuracy by training step")
         ends = _budget_lines(axes, rows, "val_accuracy")
         if num_classes:
             axes.axhline(1 / num_classes, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
             ends.append((max(x for x, *_ in ends), 1 / num_classes, "chance", MUTED))
         axes.set_ylim(0, min(1.0, axes.get_ylim()[1] * 1.05))
         axes.yaxis.set_major_formatter(PERCENT)
-        _step_axis(axes, max(x for x, *_ in ends))
-        _label_ends(axes, ends)
-        return _svg(figure)
+        step_axis(axes, max(x for x, *_ in ends))
+        label_ends(axes, ends)
+        return svg(figure)
 
 
 def budget_curve(results: Sequence[Results]) -> bytes:
@@ -115,7 +115,7 @@ def budget_curve(results: Sequence[Results]) -> bytes:
         An SVG.
     """
     with matplotlib.rc_context(STYLE):
-        figure, axes = _chart("Accuracy against compute, by effective capacity")
+        figure, axes = chart("Accuracy against compute, by effective capacity")
         divisor, unit = macs_unit(max(s.macs for r in results for s in r.settings))
         ends = []
         for run, result in enumerate(results):
@@ -131,8 +131,8 @@ def budget_curve(results: Sequence[Results]) -> bytes:
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.yaxis.set_major_formatter(PERCENT)
         if len(results) > 1:
-            _label_ends(axes, ends)
-        return _svg(figure)
+            label_ends(axes, ends)
+        return svg(figure)
 
 
 def latency_curve(results: Sequence[Results]) -> bytes:
@@ -145,7 +145,7 @@ def latency_curve(results: Sequence[Results]) -> bytes:
         An SVG. On the diagonal, time falls exactly as the arithmetic does.
     """
     with matplotlib.rc_context(STYLE):
-        figure, axes = _chart("Measured time against compute, full model = 100 %")
+        figure, axes = chart("Measured time against compute, full model = 100 %")
         top = 1.05
         ends = []
         for run, result in enumerate(results):
@@ -167,8 +167,8 @@ def latency_curve(results: Sequence[Results]) -> bytes:
         axes.xaxis.set_major_formatter(PERCENT)
         axes.yaxis.set_major_formatter(PERCENT)
         if len(ends) > 1:
-            _label_ends(axes, ends)
-        return _svg(figure)
+            label_ends(axes, ends)
+        return svg(figure)
 
 
 def training_series(rows: Sequence[MetricRow], name: str) -> Series:
@@ -272,7 +272,8 @@ PERCENT = FuncFormatter(lambda share, _: f"{100 * share:g} %")
 THOUSANDS = FuncFormatter(lambda number, _: f"{number:,.0f}")
 
 
-def _chart(title: str) -> tuple[Figure, Any]:
+def chart(title: str) -> tuple[Figure, Any]:
+    """An empty chart of the usual size, and its axes."""
     figure = Figure(figsize=CHART_INCHES, layout="constrained")
     axes = figure.add_subplot()
     figure.suptitle(title, x=0.01, ha="left")
@@ -280,7 +281,8 @@ def _chart(title: str) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _step_axis(axes: Any, last: float) -> None:
+def step_axis(axes: Any, last: float) -> None:
+    """Let x be training steps from 0 to the last."""
     axes.set_xlim(0, last)
     axes.set_xlabel("training step")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -290,7 +292,7 @@ def _step_axis(axes: Any, last: float) -> None:
 def _budget_lines(
     axes: Any, rows: Sequence[MetricRow], metric: str
 ) -> list[tuple[float, float, str, str]]:
-    """Draw one line per budget; returns what `_label_ends` takes."""
+    """Draw one line per budget; returns what `label_ends` takes."""
     curves = budget_series(rows, metric)
     ends = []
     for rank, (budget, (steps, values)) in enumerate(curves.items()):
@@ -306,7 +308,7 @@ def _run_style(run: int) -> dict[str, Any]:
     return {"color": RUN_COLOURS[run % len(RUN_COLOURS)], "marker": marker, "markersize": 5}
 
 
-def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
+def label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Write each line's name beside its end, moved apart where they would overlap."""
     low, high = axes.get_ylim()
     heights = spread([(y - low) / (high - low) for _, y, _, _ in ends], LABEL_GAP)
@@ -353,7 +355,8 @@ def _by_macs(result: Results) -> list[Setting]:
     return sorted(result.settings, key=lambda setting: setting.macs)
 
 
-def _svg(figure: Figure) -> bytes:
+def svg(figure: Figure) -> bytes:
+    """The picture as SVG, the same bytes every time."""
     out = io.BytesIO()
     figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     return out.getvalue()

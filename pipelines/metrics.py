@@ -7,10 +7,11 @@ above the step that training goes on from are cut away, so that every step stand
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipelines.files import write_atomically
+from pipelines.load import LoadTable, append_load, rewind_load
 
 METRICS = "metrics.jsonl"
 
@@ -21,15 +22,24 @@ class MetricRow:
 
     Training rows hold `loss` (mean in nats over the steps since the row before),
     `learning_rate`, `grad_norm`, `images_per_second`, `alpha`; evaluation rows hold
-    `val_accuracy/ec_0.50` and `val_loss/ec_0.50`, one pair per budget.
+    `val_accuracy/ec_0.50` and `val_loss/ec_0.50`, one pair per budget. Models with sparse experts
+    have `moe/...` too (`mone_core.load.summary`), and `moe/all_to_all_bytes`: what this run's
+    first rank hands to exchanges in a step.
+
+    Attributes:
+        load: How full the experts were, of training rows of such models; kept in a file of its
+            own, see `pipelines.load`.
     """
 
     step: int
     values: dict[str, float]
+    load: LoadTable | None = field(default=None, compare=False)
 
 
 def append_row(folder: Path, row: MetricRow) -> None:
-    """Add one row; a reader never sees half of an earlier one."""
+    """Add one row, and its load; a reader never sees half of an earlier one."""
+    if row.load is not None:
+        append_load(folder, row.load)
     line = json.dumps({"step": row.step, **row.values}) + "\n"
     with (folder / METRICS).open("a") as file:
         file.write(line)
@@ -49,6 +59,7 @@ def rewind(folder: Path, step: int) -> None:
     kept: Iterable[MetricRow] = (row for row in read_rows(folder) if row.step <= step)
     text = "".join(json.dumps({"step": row.step, **row.values}) + "\n" for row in kept)
     write_atomically(folder / METRICS, text.encode())
+    rewind_load(folder, step)
 
 
 def _row(fields: dict[str, float]) -> MetricRow:

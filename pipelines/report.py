@@ -2,8 +2,9 @@
 
 The file stands alone: pictures are inline, nothing is fetched, no script runs (a content
 policy in its head forbids both). Every sentence and number is computed from the content
-given; parts that the content lacks are left out. The pictures come from `figures` and
-`routing_grid`, the layout from `report.html.j2`; who gathers the content is the command line.
+given; parts that the content lacks are left out. The pictures come from `figures`,
+`load_figures` and `routing_grid`, the layout from `report.html.j2`; who gathers the content is
+the command line.
 """
 
 import base64
@@ -26,6 +27,14 @@ from pipelines.figures import (
     training_series,
 )
 from pipelines.files import write_atomically
+from pipelines.load import LoadTable
+from pipelines.load_figures import (
+    any_dropped,
+    any_unreached,
+    drop_curve,
+    expert_load,
+    unreached_curve,
+)
 from pipelines.metrics import MetricRow
 from pipelines.results import Results, Setting
 from pipelines.routing_examples import RoutingExamples
@@ -34,6 +43,7 @@ from pipelines.routing_grid import routing_grid
 TEMPLATE = "report.html.j2"
 MINUS, NONE = "\N{MINUS SIGN}", "\N{EN DASH}"
 TALKED_ABOUT = 0.5  # the effective capacity that the headline looks for first
+WIDE = ("routing.png", "experts.svg")
 MEDIA_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
 
 
@@ -49,6 +59,7 @@ class ReportContent:
         routing: Images and their routing, None where none was computed.
         verdict: What was decided ("challenger v4 is promoted: ..."), None where nothing was.
         config_yaml: The resolved configuration.
+        loads: How full sparse experts were in training; empty without sparse experts.
     """
 
     title: str
@@ -58,6 +69,7 @@ class ReportContent:
     routing: RoutingExamples | None
     verdict: str | None
     config_yaml: str
+    loads: tuple[LoadTable, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +106,8 @@ def figure_files(content: ReportContent) -> dict[str, bytes]:
 
     Returns:
         File name to bytes: of `accuracy-by-compute.svg`, `latency-by-compute.svg`,
-        `loss.svg`, `accuracy.svg` and `routing.png`, in the order of the report.
+        `loss.svg`, `accuracy.svg`, `routing.png`, `experts.svg` and `dropped-choices.svg` or
+        `unreached-tokens.svg`.
     """
     results = _evaluated(content)
     files = {}
@@ -112,6 +125,18 @@ def figure_files(content: ReportContent) -> dict[str, bytes]:
         files["accuracy.svg"] = accuracy_curve(content.rows, num_classes)
     if content.routing is not None:
         files["routing.png"] = routing_grid(content.routing)
+    return files | _load_files(content.loads)
+
+
+def _load_files(loads: Sequence[LoadTable]) -> dict[str, bytes]:
+    """The figures of sparse experts; what was lost on the way only where something was."""
+    if not loads:
+        return {}
+    files = {"experts.svg": expert_load(loads)}
+    if len(loads) > 1 and any_dropped(loads):
+        files["dropped-choices.svg"] = drop_curve(loads)
+    elif len(loads) > 1 and any_unreached(loads):
+        files["unreached-tokens.svg"] = unreached_curve(loads)
     return files
 
 
@@ -151,6 +176,7 @@ def _html(content: ReportContent) -> str:
         compute=_only(pictures, "accuracy-by-compute.svg", "latency-by-compute.svg"),
         training=_only(pictures, "loss.svg", "accuracy.svg"),
         routing=_only(pictures, "routing.png"),
+        experts=_only(pictures, "experts.svg", "dropped-choices.svg", "unreached-tokens.svg"),
         not_finite=_not_finite(content.rows),
     )
 
@@ -174,7 +200,7 @@ def _picture(name: str, data: bytes, content: ReportContent) -> _Picture:
         uri=f"data:{MEDIA_TYPES[Path(name).suffix]};base64,{encoded}",
         alt=alt,
         caption=caption,
-        wide=name.endswith(".png"),
+        wide=name in WIDE,
     )
 
 
@@ -205,6 +231,25 @@ def _words(name: str, content: ReportContent) -> tuple[str, str]:
             "Line chart: validation accuracy by step, one line per budget",
             "One set of weights evaluated at each budget. Lines close together mean that little "
             "is lost by computing less.",
+        )
+    if name == "experts.svg":
+        return (
+            "Heat maps: layers by experts, slots filled and tokens taken",
+            "One cell per expert of a block, late in training. Left: how many of its slots hold a "
+            "token; empty ones are computed for nothing, full ones turn tokens away. Right: its "
+            "tokens over what each would have in perfect balance; a cross: hardly any.",
+        )
+    if name == "dropped-choices.svg":
+        return (
+            "Line chart: share of choices that were dropped, by step, one line per block",
+            "A choice is dropped when its expert is full already; the token goes on without that "
+            "expert. A larger capacity ratio or stronger balance losses bring the lines down.",
+        )
+    if name == "unreached-tokens.svg":
+        return (
+            "Line chart: share of tokens that no expert takes, by step, one line per block",
+            "Experts choose their tokens: none is turned away, but some are chosen by nobody, and "
+            "of such a block they get the attention alone.",
         )
     return (
         "Grid of validation images with the tokens highlighted that go to the full model",

@@ -1,4 +1,4 @@
-"""Gathers what `report` draws: a run's metrics, results, routing and configuration."""
+"""Gathers what `report` draws: a run's metrics, load, results, routing and configuration."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +10,7 @@ from pipelines.checkpoint import checkpoint_of, load_weights, step_of
 from pipelines.config import RunConfig, read_config, to_yaml
 from pipelines.data.manifest import read_manifest
 from pipelines.evaluate import evaluate, validation_stream
+from pipelines.load import read_loads
 from pipelines.metrics import read_rows
 from pipelines.report import ReportContent, figure_files, write_report
 from pipelines.results import RESULTS, Results, read_results, write_results
@@ -69,6 +70,7 @@ def report_run(run: Path) -> ReportContent:
         routing=_routing(run, config) if config.model.nesting.routed else None,
         verdict=None,
         config_yaml=to_yaml(config),
+        loads=tuple(read_loads(run)),
     )
     write_report(run / REPORT, content)
     return content

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import AdamW
 
 from cluster.backends import Backend, Placed
+from mone_core.load import load_sums, summary
 from mone_core.losses import softmax_loss
 from mone_core.models import ViT
 from pipelines.checkpoint import Checkpoints
@@ -29,10 +30,24 @@ from pipelines.data.stream import EvalStream, TrainStream
 from pipelines.errors import RunFailedError
 from pipelines.evaluate import score
 from pipelines.gradients import clip_gradients, compute_gradients
+from pipelines.load import LoadTable
 from pipelines.metrics import MetricRow
 from pipelines.optim import learning_rate, set_learning_rate
 
 _NOISE = 1  # tells the seed of a step's noise from that of its budget
+
+
+class Measured(NamedTuple):
+    """What one step leaves on the device for the next metric row.
+
+    Attributes:
+        loss_and_norm: Loss of this rank in nats (mean over the step's budgets) and norm of the
+            whole gradient before clipping, shape [2].
+        load: Sums over this rank's tokens, `mone_core.load`; None without sparse experts.
+    """
+
+    loss_and_norm: Tensor
+    load: Tensor | None
 
 
 class Outcome(StrEnum):
@@ -86,7 +101,8 @@ def train(run: Run) -> Outcome:
     with closing(run.stream.batches(position)) as batches:
         while step < plan.steps and not stop:
             batch, position = next(batches)
-            window.add(train_step(run, step, batch.to(run.backend.device)))
+            window.add(train_step(run, step, batch.moved(run.backend.put)))
+            run.backend.submit()
             step += 1
             last = step == plan.steps
             if last or step % plan.log_every == 0:
@@ -99,38 +115,43 @@ def train(run: Run) -> Outcome:
     return Outcome.FINISHED if step == plan.steps else Outcome.STOPPED
 
 
-def train_step(run: Run, step: int, batch: Batch) -> Tensor:
+def train_step(run: Run, step: int, batch: Batch) -> Measured:
     """One update of the weights.
 
     Args:
         step: Updates done before this one.
         batch: This rank's share of the global batch, on the device.
 
-    Returns:
-        Loss of this rank in nats (mean over the step's budgets) and norm of the averaged
-        gradient before clipping, shape [2], on the device.
     """
     plan, optim = run.config.train, run.config.optim
     budgets = plan.budgets
     if plan.budgets_per_step == "one":
         budgets = (budget_at(step, budgets, plan.seed),)
     parts = list(batch.parts(plan.microbatches))
+    loads: list[Tensor] = []
 
     def losses_of(index: int) -> Tensor:
-        torch.manual_seed(noise_seed(plan.seed, step))  # every part draws for the whole batch
-        return torch.stack([_loss(run, parts[index], budget) for budget in budgets])
+        run.backend.seed(noise_seed(plan.seed, step))  # every part draws for the whole batch
+        return torch.stack([_loss(run, parts[index], budget, loads) for budget in budgets])
 
     loss = compute_gradients(run.model, run.backend, plan.microbatches, losses_of)
     norm = clip_gradients(run.core, run.experts, optim.clip_norm, run.backend)
     set_learning_rate(run.optimizer, learning_rate(step, run.config.train.steps, optim))
     run.optimizer.step()
-    return torch.stack([loss, norm])
+    load = torch.stack(loads).sum(dim=0) if loads else None
+    return Measured(torch.stack([loss, norm]), load)
 
 
-def _loss(run: Run, batch: Batch, budget: float) -> Tensor:
-    """Mean loss over the images of a part at a budget, with what the sparse routers add."""
+def _loss(run: Run, batch: Batch, budget: float, loads: list[Tensor]) -> Tensor:
+    """Mean loss over the images of a part at a budget, with what the sparse routers add.
+
+    How full the experts were goes to `loads`.
+    """
     run.core.set_effective_capacity(budget)
     output = run.model(model_input(batch.pixels_BHWC))
+    if output.dispatched:
+        model = run.config.model
+        loads.append(load_sums(output.dispatched, model.dims, routing=model.experts.routing))
     smoothing = run.config.optim.label_smoothing
     loss_B = softmax_loss(output.logits_BK, batch.labels_B, label_smoothing=smoothing)
     loss: Tensor = loss_B.mean() + output.aux_loss
@@ -158,16 +179,24 @@ class _Window:
         self._restart()
         self.restart_clock()
 
-    def add(self, measured: Tensor) -> None:
-        """Count one step's loss and gradient norm."""
-        self._sums += measured
+    def _restart(self) -> None:
+        self._sums = torch.zeros(2, device=self._run.backend.device)
+        self._load: Tensor | None = None
+        self._steps = 0
+
+    def add(self, measured: Measured) -> None:
+        """Count one step."""
+        self._sums += measured.loss_and_norm
+        if measured.load is not None:
+            self._load = measured.load if self._load is None else self._load + measured.load
         self._steps += 1
 
     @torch.no_grad()
     def row(self, step: int) -> MetricRow:
         """The window as a metric row; waits for the device and starts a new window."""
         run = self._run
-        loss, norm = (self._summed() / run.backend.world).tolist()
+        sums = run.backend.sum_over_ranks(self._sums, "adding up a metric row")
+        loss, norm = (sums / run.backend.world).tolist()
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
                 raise RunFailedError(
@@ -175,6 +204,7 @@ class _Window:
                     f"start a new run with a lower optim.learning_rate "
                     f"(now {run.config.optim.learning_rate})"
                 )
+        load = self._load_table(step)
         seconds = time.perf_counter() - self._since
         images = self._steps * run.config.train.batch_size
         row = MetricRow(
@@ -186,22 +216,36 @@ class _Window:
                 "epoch": step * run.config.train.batch_size / run.stream.num_samples,
                 "images_per_second": images / seconds,
             }
-            | _alpha(run.core),
+            | _alpha(run.core)
+            | self._of_experts(load),
+            load=load,
         )
         self._restart()
         self.restart_clock()
         return row
 
-    def _summed(self) -> Tensor:
-        return self._run.backend.sum_over_ranks(self._sums, "adding up a metric row")
+    def _of_experts(self, load: LoadTable | None) -> dict[str, float]:
+        if load is None:
+            return {}
+        sent = (self._run.backend.sent_bytes - self._sent_before) / self._steps
+        return summary(load.sums_LWEF) | {"moe/all_to_all_bytes": sent}
+
+    def _load_table(self, step: int) -> LoadTable | None:
+        """How full the experts were, over all ranks."""
+        if self._load is None:
+            return None
+        model = self._run.config.model
+        return LoadTable(
+            step=step,
+            layers=model.experts.layers(model.depth),
+            dims=model.dims,
+            sums_LWEF=self._run.backend.sum_over_ranks(self._load, "adding up loads").cpu(),
+        )
 
     def restart_clock(self) -> None:
-        """Do not count what came between as training time."""
+        """Do not count what came between as time or traffic of training."""
         self._since = time.perf_counter()
-
-    def _restart(self) -> None:
-        self._sums = torch.zeros(2, device=self._run.backend.device)
-        self._steps = 0
+        self._sent_before = self._run.backend.sent_bytes
 
 
 def _alpha(model: ViT) -> dict[str, float]:
@@ -213,7 +257,7 @@ def _alpha(model: ViT) -> dict[str, float]:
 def _validation_row(run: Run, step: int) -> MetricRow:
     values = {}
     for budget, found in score(
-        run.core, run.validation, run.config.train.eval_budgets, run.backend
+        run.core, run.model, run.validation, run.config.train.eval_budgets, run.backend
     ).items():
         values[f"val_accuracy/ec_{budget:.2f}"] = found.accuracy
         values[f"val_loss/ec_{budget:.2f}"] = found.loss

@@ -12,6 +12,7 @@ from mone_core.warmstart import in_few_words
 from pipelines.checkpoint import checkpoint_of, load_weights, step_of
 from pipelines.config import RunConfig
 from pipelines.data.embedded import ensure_data
+from pipelines.load import alerts, read_loads
 from pipelines.locks import alone
 from pipelines.metrics import read_rows
 from pipelines.runner import check_run, check_start, open_run, resolve, run_training, workers_of
@@ -61,12 +62,19 @@ def train_run(config: RunConfig, terminal: Terminal, *, verbose: bool = False) -
             _tell_start(config, terminal)
         with alone(config.out / LOCK, f"training of {config.out}"):
             outcome, run_id = _trained(config, terminal, finished=finished, verbose=verbose)
+            _tell_load(config, terminal)
     version = None
     if outcome is Outcome.FINISHED and run_id:
         version = version_of(config.tracking, run_id) or keep_model(config, run_id)
     return Trained(
         config=config, outcome=outcome, version=version, summary=_line(config, outcome, done)
     )
+
+
+def _tell_load(config: RunConfig, terminal: Terminal) -> None:
+    """Say of experts that were full or idle at the end: the loss alone does not show it."""
+    for line in [alert for last in read_loads(config.out)[-1:] for alert in alerts(last)]:
+        terminal.say(f"warning: {line}")
 
 
 def _tell_start(config: RunConfig, terminal: Terminal) -> None:
