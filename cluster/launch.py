@@ -14,11 +14,13 @@ from typing import Any, Literal
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from cluster.errors import CollectiveError, LaunchError
 from cluster.mailbox import Mailbox
 from cluster.session import cluster_cpus
+from cluster.tpu import TpuSlices, check_slices, xla_trainer
 
 _POLL_SECONDS = 0.2
 
@@ -28,16 +30,20 @@ class Workers:
     """How many training processes, and what each needs.
 
     Attributes:
-        count: Training processes, one device each.
-        device: "cpu" or "cuda".
+        count: Training processes: one device each, on TPU one host each.
+        device: "cpu", "cuda" or "xla".
         cpus: CPU cores for each process.
         collective_timeout_s: Seconds after which a collective that does not complete fails.
+        accelerator_type: Kind of TPU slice for "xla", such as "v4-16".
+        topology: Chips along each axis of such a slice, such as "2x2x2".
     """
 
     count: int
-    device: Literal["cpu", "cuda"]
+    device: Literal["cpu", "cuda", "xla"]
     cpus: int = 1
     collective_timeout_s: int = 300
+    accelerator_type: str = ""
+    topology: str = ""
 
 
 def run_on_workers(
@@ -64,7 +70,34 @@ def run_on_workers(
         Exception: What the function raised, when it failed on a process.
     """
     check_resources(workers)
-    trainer = TorchTrainer(
+    trainer = _trainer(function, argument, workers, storage)
+    shutil.rmtree(storage, ignore_errors=True)  # of a killed run: Ray would resume from it
+    try:
+        _fit(trainer, mailbox, on_message)
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
+
+
+def _trainer(
+    function: Callable[[dict[str, Any]], None],
+    argument: dict[str, Any],
+    workers: Workers,
+    storage: Path,
+) -> DataParallelTrainer:
+    run_config = RunConfig(
+        name="run",
+        storage_path=str(storage),
+        failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+    )
+    if workers.device == "xla":
+        return xla_trainer(
+            function,
+            argument,
+            _slices(workers),
+            timeout_s=workers.collective_timeout_s,
+            run_config=run_config,
+        )
+    return TorchTrainer(
         function,
         train_loop_config=argument,
         torch_config=TorchConfig(timeout_s=workers.collective_timeout_s),
@@ -73,20 +106,20 @@ def run_on_workers(
             use_gpu=workers.device == "cuda",
             resources_per_worker={"CPU": workers.cpus} | _gpu(workers),
         ),
-        run_config=RunConfig(
-            name="run",
-            storage_path=str(storage),
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
-        ),
+        run_config=run_config,
     )
-    shutil.rmtree(storage, ignore_errors=True)  # of a killed run: Ray would resume from it
-    try:
-        _fit(trainer, mailbox, on_message)
-    finally:
-        shutil.rmtree(storage, ignore_errors=True)
 
 
-def _fit(trainer: TorchTrainer, mailbox: Mailbox, on_message: Callable[[Any], None]) -> None:
+def _slices(workers: Workers) -> TpuSlices:
+    return TpuSlices(
+        kind=workers.accelerator_type,
+        topology=workers.topology,
+        hosts=workers.count,
+        cpus=workers.cpus,
+    )
+
+
+def _fit(trainer: DataParallelTrainer, mailbox: Mailbox, on_message: Callable[[Any], None]) -> None:
     """Fit in a thread of its own: this one hands on messages and stays open to signals."""
     failures: list[BaseException] = []
 
@@ -113,9 +146,11 @@ def _cause(error: BaseException) -> BaseException:
     """
     if not isinstance(error, TrainingFailedError):
         return error
-    raised = getattr(error, "worker_failures", None) or {}
-    in_order = sorted(raised, key=lambda r: (isinstance(raised[r], CollectiveError), r))
-    return raised[in_order[0]] if in_order else error
+    raised: dict[int, Exception] = getattr(error, "worker_failures", None) or {}
+    if not raised:
+        cause: BaseException = getattr(error, "controller_failure", error)
+        return cause
+    return raised[min(raised, key=lambda r: (isinstance(raised[r], CollectiveError), r))]
 
 
 def check_resources(workers: Workers) -> None:
@@ -124,6 +159,9 @@ def check_resources(workers: Workers) -> None:
     Raises:
         LaunchError: Says what is needed and what there is.
     """
+    if workers.device == "xla":
+        check_slices(_slices(workers))
+        return
     cpus = cluster_cpus()
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if workers.count * workers.cpus > cpus:

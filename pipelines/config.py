@@ -164,8 +164,14 @@ class ParallelConfig:
     Attributes:
         num_workers: Training processes; divides `train.batch_size`.
         expert: Workers that share out the sparse experts among them, neighbours by number;
-            divides `num_workers` and the experts. At 1 every worker has all experts.
-        device: "cpu" or "cuda", one device per worker.
+            divides `num_workers` and the experts. At 1 every worker has all experts. On "xla" it is
+            devices that share them out.
+        shard: Split dense weights, their gradients and moments over all workers (FSDP2), and
+            gather each block's weights while it computes: saves memory, costs traffic.
+        device: "cpu" or "cuda", one device per worker; "xla": TPU slices through torch-xla, one
+            worker per host, which drives all of its devices.
+        accelerator_type: Kind of TPU slice for "xla", such as "v4-16".
+        topology: Chips along each axis of such a slice, such as "2x2x2".
         threads: Torch threads per worker on CPU.
         gemm: What computes float32 products on CPU, see `mone_core.gemm`; part of the run, since
             another choice rounds otherwise. `mone_core.gemm.fastest_gemm()` measures which suits.
@@ -174,17 +180,31 @@ class ParallelConfig:
 
     num_workers: int = 1
     expert: int = 1
-    device: Literal["cpu", "cuda"] = "cpu"
+    shard: bool = False
+    device: Literal["cpu", "cuda", "xla"] = "cpu"
+    accelerator_type: str = ""
+    topology: str = ""
     threads: int = 1
     gemm: GemmName = "torch"
     collective_timeout_s: int = 120
 
     def __post_init__(self) -> None:
         problems = _below_one(self, "num_workers", "expert", "threads", "collective_timeout_s")
-        if not problems and self.num_workers % self.expert:
+        if not problems and self.device != "xla" and self.num_workers % self.expert:
             problems.append(
                 f"expert must divide num_workers, got {self.expert} and {self.num_workers}"
             )
+        if self.shard and self.num_workers == 1:
+            problems.append(
+                "shard must be false for num_workers 1: there is nobody to split weights with"
+            )
+        if (self.device == "xla") != bool(self.accelerator_type and self.topology):
+            problems.append(
+                f"accelerator_type and topology must be set for device xla and for no other, got "
+                f"{self.accelerator_type!r} and {self.topology!r} for {self.device}"
+            )
+        if self.device == "xla" and self.shard:
+            problems.append("shard must be false for device xla: dense weights are whole there")
         _raise_if_any("parallel", problems)
 
 

@@ -134,6 +134,8 @@ def workers_of(config: RunConfig) -> Workers:
         device=parallel.device,
         cpus=parallel.threads,
         collective_timeout_s=parallel.collective_timeout_s,
+        accelerator_type=parallel.accelerator_type,
+        topology=parallel.topology,
     )
 
 

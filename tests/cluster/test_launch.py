@@ -2,6 +2,8 @@
 
 import os
 import sys
+import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch.distributed as dist
 from ray import cloudpickle
 
 from cluster.backends import get_backend
-from cluster.errors import LaunchError
+from cluster.errors import CollectiveError, LaunchError
 from cluster.launch import Workers, run_on_workers
 from cluster.mailbox import Mailbox
 from cluster.session import ray_session
@@ -28,13 +30,24 @@ def ray():
 
 def introduce(argument):
     backend = get_backend("cpu")
-    ranks = backend.sum_over_ranks(torch.tensor([1.0, float(backend.rank)]))
+    ranks = backend.sum_over_ranks(torch.tensor([1.0, float(backend.rank)]), "ranks")
     argument["mailbox"].put((backend.rank, backend.world, ranks.tolist(), os.getpid()))
 
 
 def fail_on_rank_one(argument):
     if dist.get_rank() == 1:
         raise ArithmeticError("rank 1 cannot go on")
+
+
+def fail_on_rank_one_while_rank_zero_waits(argument):
+    fail_on_rank_one(argument)
+    get_backend("cpu").barrier("waiting for rank 1")
+
+
+def hang_on_rank_one(argument):
+    if dist.get_rank() == 1:
+        time.sleep(600)
+    get_backend("cpu").barrier("waiting for rank 1")
 
 
 def count_until_stopped(argument):
@@ -72,6 +85,16 @@ def test_what_a_process_raises_is_raised_here(tmp_path):
         run(fail_on_rank_one, tmp_path)
 
 
+def test_of_two_that_fail_the_one_that_failed_by_itself_is_raised(tmp_path):
+    with pytest.raises(ArithmeticError, match="rank 1 cannot go on"):
+        run(fail_on_rank_one_while_rank_zero_waits, tmp_path)
+
+
+def test_a_process_that_hangs_ends_the_others_after_the_timeout_and_is_named(tmp_path):
+    with pytest.raises(CollectiveError, match=r"rank 0: waiting for rank 1 did not complete"):
+        run(hang_on_rank_one, tmp_path, workers=replace(TWO, collective_timeout_s=3))
+
+
 def test_messages_arrive_in_order_while_the_function_runs_and_can_stop_it(tmp_path):
     def stop_at_the_third(mailbox, messages):
         def take(message):
@@ -92,6 +115,13 @@ def test_more_workers_than_the_cluster_has_cpus_are_refused_at_once(tmp_path):
         LaunchError, match=r"3 workers of 1 CPU need 3 CPUs, but the cluster has 2; set parallel"
     ):
         run(introduce, tmp_path, workers=Workers(count=3, device="cpu"))
+
+
+def test_tpu_workers_without_a_slice_are_refused_at_once(tmp_path):
+    host = Workers(count=2, device="xla", accelerator_type="v4-16", topology="2x2x2")
+
+    with pytest.raises(LaunchError, match=r"has no TPU slice of kind v4-16, it has no TPU"):
+        run(introduce, tmp_path, workers=host)
 
 
 def test_cuda_workers_without_gpus_are_refused_at_once(tmp_path):
