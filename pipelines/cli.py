@@ -24,7 +24,9 @@ VERBS = {
     "sweep": "one run per compute budget, as Ray Tune trials",
     "retrain": "new data -> train on from the champion -> compare -> promote or not",
     "submit": "any of these as a job on a Ray cluster, followed to its end",
+    "plan": "memory, traffic and time of a recipe on a described cluster, for every mesh",
     "schedule": "the manifest that runs retrain on a schedule",
+    "verify-parallel": "prove that several processes train as one does, on this machine",
     "recipes": "list the recipes",
 }
 
@@ -72,7 +74,7 @@ def _dispatch(arguments: list[str]) -> int:
     verb, *rest = arguments
     if verb not in VERBS:
         raise UsageError(unknown_name("command", verb, VERBS, next_step="`mone --help` lists all."))
-    command = importlib.import_module(f"pipelines.commands.{verb}")
+    command = importlib.import_module(f"pipelines.commands.{verb.replace('-', '_')}")
     parser = Parser(
         prog=f"mone {verb}",
         description=command.__doc__,

@@ -17,38 +17,21 @@ Pure Python. Axes: D model width, F hidden width, R rows (tokens of all images).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from mone_core.nested import Layout
+from mone_core.roofline import (
+    CORE_BACKWARD,
+    CORE_PASSES,
+    CORE_PASSES_BACKWARD,
+    STREAM_PASSES,
+    STREAM_PASSES_BACKWARD,
+    Accelerator,
+    product,
+)
 
 _BYTES = 2  # of a bfloat16
 _GEMM_SHARE = 0.7  # of peak, in a block
 _CORE_SHARE = 0.35  # of peak, in attention's core: softmax takes its time between two products
-_CORE_BACKWARD = 2.5  # five products instead of two: the scores are computed again
-
-# Reads and writes of all R * D features in a block, whatever the budget. Forward: two norms read
-# and write, two residual sums read two and write one. Backward: each of the four reads two and
-# writes one. The core reads q, k, v and writes one; backward it reads five and writes three.
-_PASSES, _PASSES_BACKWARD = 10, 12
-_CORE_PASSES, _CORE_PASSES_BACKWARD = 4, 8
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Accelerator:
-    """Peaks of a device, from its data sheet.
-
-    Attributes:
-        flops: Dense (not 2:4 sparse) bfloat16 operations per second.
-        bandwidth: Bytes per second from and to its memory.
-    """
-
-    flops: float
-    bandwidth: float
-
-    def seconds(self, flops: float, num_bytes: float, share: float = 1.0) -> float:
-        """The longer of computing at a share of peak and moving bytes."""
-        return max(flops / (share * self.flops), num_bytes / self.bandwidth)
-
 
 # By the whole name that torch reports: "GH200", "H100 PCIe" and slices of a device are others.
 # Source: NVIDIA's data sheets of the A100, H100 and H200 Tensor Core GPU, SXM form; those of the
@@ -79,13 +62,13 @@ def block_ms(device: Accelerator, layout: Layout, images: int, *, training: bool
         for wide in (3 * dim, dim, 4 * dim, 4 * dim)
     )
     core_flops, features = 4 * rows * num_tokens * dim, _BYTES * rows * dim
-    seconds = linears + device.seconds(core_flops, _CORE_PASSES * features, _CORE_SHARE)
-    seconds += _PASSES * features / device.bandwidth
+    seconds = linears + device.seconds(core_flops, CORE_PASSES * features, _CORE_SHARE)
+    seconds += STREAM_PASSES * features / device.bandwidth
     if training:
         seconds += 2 * linears + device.seconds(
-            _CORE_BACKWARD * core_flops, _CORE_PASSES_BACKWARD * features, _CORE_SHARE
+            CORE_BACKWARD * core_flops, CORE_PASSES_BACKWARD * features, _CORE_SHARE
         )
-        seconds += _PASSES_BACKWARD * features / device.bandwidth
+        seconds += STREAM_PASSES_BACKWARD * features / device.bandwidth
     return 1e3 * seconds
 
 
@@ -147,9 +130,5 @@ def _product(
 
     Its two gradients touch the same three matrices, and so take as long each.
     """
-    return sum(
-        device.seconds(
-            2 * rows * dim * wide, _BYTES * (rows * (dim + wide) + copies * dim * wide), share
-        )
-        for rows, dim in classes
-    )
+    counts = [product(rows, dim, wide, copies) for rows, dim in classes]
+    return sum(device.seconds(flops, _BYTES * elements, share) for flops, elements in counts)
