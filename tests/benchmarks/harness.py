@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -42,7 +42,7 @@ _TELLING = ("THP_MEM_ALLOC_ENABLE", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRES
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchRow:
-    """One measured case. Every field is needed to run it again; none is optional.
+    """One measured case. Every field but the last is needed to run it again; none is optional.
 
     Attributes:
         case: The file and the thing under test: "nested/blocks/train".
@@ -58,6 +58,7 @@ class BenchRow:
         floor_ms: What the accelerator leaves it (`roofline`); None where that is not known.
         commit: Of the code, with "-dirty" where it was changed.
         command: Run it again with this.
+        measures: What else a benchmark measured of the case, by its own names.
     """
 
     case: str
@@ -73,6 +74,7 @@ class BenchRow:
     floor_ms: float | None
     commit: str
     command: str
+    measures: dict[str, float] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -171,25 +173,37 @@ def compare(
         clock,
         burst=setting.burst,
     )
-    baseline_ms = statistics.median(times[baseline.shape])
+    name = f"{baseline.case} {baseline.shape}"
     return [
-        BenchRow(
-            case=case.case,
-            shape=case.shape,
-            machine=setting.machine,
-            dtype=str(setting.dtype).removeprefix("torch."),
-            median_ms=statistics.median(times[case.shape]),
-            spread_ms=spread(times[case.shape]),
-            repeats=setting.rounds,
-            baseline=f"{baseline.case} {baseline.shape}",
-            baseline_ms=baseline_ms,
-            mode=ready[case.shape][1],
-            floor_ms=case.floor_ms,
-            commit=commit(),
-            command=setting.command,
-        )
+        row_of(case, ready[case.shape][1], times[case.shape], name, times[baseline.shape], setting)
         for case in (baseline, *cases)
     ]
+
+
+def row_of(
+    case: Case,
+    mode: Mode,
+    times: Sequence[float],
+    baseline: str,
+    baseline_times: Sequence[float],
+    setting: Setting,
+) -> BenchRow:
+    """The row of a case, from its and its baseline's milliseconds in every round."""
+    return BenchRow(
+        case=case.case,
+        shape=case.shape,
+        machine=setting.machine,
+        dtype=str(setting.dtype).removeprefix("torch."),
+        median_ms=statistics.median(times),
+        spread_ms=spread(times),
+        repeats=setting.rounds,
+        baseline=baseline,
+        baseline_ms=statistics.median(baseline_times),
+        mode=mode,
+        floor_ms=case.floor_ms,
+        commit=commit(),
+        command=setting.command,
+    )
 
 
 def interleave(
@@ -322,13 +336,18 @@ def table(rows: Sequence[BenchRow]) -> str:
         )
         for row in rows
     ]
-    widths = [max(len(line[column]) for line in (head, *body)) for column in range(len(head))]
+    return aligned([head, *body], words=3)
+
+
+def aligned(lines: Sequence[Sequence[str]], *, words: int) -> str:
+    """Cells below each other: the first `words` columns to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if column < 3 else cell.rjust(width)
+            cell.ljust(width) if column < words else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
-        for line in (head, *body)
+        for line in lines
     )
 
 
@@ -353,16 +372,21 @@ def commit() -> str:
     told = _git("rev-parse", "--short=12", "HEAD")
     if told is None:
         return "unknown"
-    changed = _git("status", "--porcelain", "--", ":/mone_core", ":/tests/benchmarks/*.py")
+    measured = (":/mone_core", ":/cluster/backends", ":/tests/benchmarks/*.py")
+    changed = _git("status", "--porcelain", "--", *measured)
     return f"{told}-dirty" if changed else told
 
 
-def main(name: str, measure: Callable[[Setting], list[BenchRow]]) -> None:
+def main(
+    name: str,
+    measure: Callable[[Setting], list[BenchRow]],
+    show: Callable[[Sequence[BenchRow]], str] = table,
+) -> None:
     """Run one benchmark from its command line: measure, print, append."""
     setting = parse(name, sys.argv[1:])
     rows = measure(setting)
     print(f"{setting.machine}, {rows[0].dtype}, commit {rows[0].commit}")
-    print(table(rows))
+    print(show(rows))
     append_rows(ROWS / f"{name}.jsonl", rows)
 
 
