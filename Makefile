@@ -1,10 +1,11 @@
 # Every target makes what it needs; a second run installs nothing.
 PYTHON ?= python3
 VENV := .venv
+XLA := .venv-xla
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow check format constraints clean
+.PHONY: demo test test-slow test-xla check format constraints clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mone demo
@@ -14,6 +15,10 @@ test: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
+
+# torch_xla is built for one torch alone: a second environment, of 7 GB.
+test-xla: $(XLA)/.installed
+	$(XLA)/bin/python -m pytest tests/xla
 
 check: $(VENV)/.installed-check
 	$(BIN)/ruff format --check .
@@ -31,7 +36,7 @@ constraints: $(VENV)/.installed-check
 	mv constraints.txt.new constraints.txt
 
 clean:
-	rm -rf $(VENV) demo runs build *.egg-info
+	rm -rf $(VENV) $(XLA) demo runs build *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +47,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+$(XLA)/.installed: pyproject.toml constraints-xla.txt
+	$(PYTHON) -m venv $(XLA)
+	$(XLA)/bin/pip install --quiet --constraint constraints-xla.txt --editable '.[xla,test]'
 	touch $@
 
 $(VENV)/.installed-check: $(VENV)/.installed-test

@@ -75,10 +75,13 @@ class SlotPlan(NamedTuple):
     Attributes:
         classes: One per width class present, widest first.
         weight_RK: Routing weight of every choice, 0 where dropped; carries gradient to the router.
+        count_WE: Rows of every class and expert, where rows are not slots but as many as come
+            (`dropless`): the tables are then those of one expert, E = 1, and Q = r * K.
     """
 
     classes: tuple[ClassSlots, ...]
     weight_RK: Tensor
+    count_WE: Tensor | None = None
 
 
 def plan_slots(

@@ -2,43 +2,36 @@
 
 `SparseMlp` is what stands in a block instead of an MLP: it scores the normalised tokens, drops
 what does not fit, and adds the chosen experts' weighted outputs to the residual stream. Which
-choices fit is decided in `routing`, how features move in `dispatch`; here is the layer's own state,
-its auxiliary losses, and `ExpertBank`, the E MLPs themselves.
+choices fit is decided in `routing`, how features move in `dispatch`, what the experts are and
+compute in `bank`; here is the layer's own state and its auxiliary losses.
 
 In a nested model every expert is a nested MLP: a token uses the prefix of its width, and
 every width class has slots of its own.
 
-Axes: N tokens sorted by width, B images in groups of I, D model width, F hidden width, E experts,
-Q slots of an expert, G groups of S tokens.
+Axes: N tokens sorted by width, B images in groups of I, D model width, E experts, G groups of S
+tokens.
 
 Source: arXiv 2106.05974, section 2.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from mone_core.bank import ExpertBank
 from mone_core.block import Gelu, NestedAttention
-from mone_core.dispatch import RoutedClass, by_group, combine, dispatch, plan_slots
+from mone_core.dispatch import RoutedClass, SlotPlan, by_group, combine, dispatch, plan_slots
+from mone_core.dropless import plan_rows
 from mone_core.errors import CapacityError, RoutingError
 from mone_core.flops import linear_macs
 from mone_core.losses import gshard_loss, importance_loss, load_loss, router_z_loss
-from mone_core.nested import (
-    KeptRows,
-    Layout,
-    MlpWeights,
-    as_autocast,
-    mlp_rows,
-    mlp_rows_backward,
-)
-from mone_core.ranks import ALONE, Arriving, Ranks
+from mone_core.nested import Layout
+from mone_core.ranks import ALONE, Ranks
 from mone_core.routing import (
     Assignment,
     Rounding,
@@ -63,6 +56,10 @@ class ExpertsConfig:
         group_images: Images (frames of factorised clips) that compete for the same slots, I; what
             is left over at the end of a batch is a smaller group.
         batch_priority: Fill slots by score instead of by position.
+        dropless: Compute every choice of every token: no slots, no capacity (`capacity_ratio` and
+            `rounding` mean nothing), nothing dropped. The host waits once per layer for the
+            numbers of rows, which no CUDA graph, no XLA device and no whole compiled graph can,
+            and the work of ranks is uneven; see `mone_core.dropless`.
         rounding: How C becomes whole slots, see `mone_core.routing.expert_capacity`.
         noise: Standard deviation of the noise on router logits in training, times E.
         importance_weight, load_weight, gshard_weight, z_weight: Weights of the auxiliary
@@ -77,6 +74,7 @@ class ExpertsConfig:
     routing: Literal["tokens_choose", "experts_choose"] = "tokens_choose"
     group_images: int = 8
     batch_priority: bool = False
+    dropless: bool = False
     rounding: Rounding = "nearest"
     noise: float = 1.0
     importance_weight: float = 0.005
@@ -105,7 +103,7 @@ class ExpertsConfig:
                 f"experts.k must be experts.num_experts or fewer, got {self.k} of "
                 f"{self.num_experts}"
             )
-        else:
+        elif not self.dropless:
             choices = self.k if self.routing == "tokens_choose" else 1
             try:
                 expert_capacity(
@@ -117,6 +115,16 @@ class ExpertsConfig:
                 )
             except CapacityError as error:
                 yield f"experts: {error}"
+        if self.dropless and self.routing == "experts_choose":
+            yield (
+                "experts.dropless needs experts.routing tokens_choose, got experts_choose: who "
+                "chooses tokens must be told how many"
+            )
+        if self.dropless and self.batch_priority:
+            yield (
+                "experts.batch_priority picks the choices that are dropped, and experts.dropless "
+                "drops none; set one of the two to false"
+            )
         most = depth if self.placement == "every" else depth // 2
         if not most:
             yield f"experts.placement last needs a depth of 2 or more, got {depth}"
@@ -237,9 +245,14 @@ class SparseMlp(nn.Module):
             of_image: Tokens of one image, over all classes.
 
         Raises:
-            CapacityError: A whole group is worth less than one slot.
+            CapacityError: A whole group is worth less than one slot, or the layer is dropless.
         """
         config = self.config
+        if config.dropless:
+            raise CapacityError(
+                "experts without a capacity (experts.dropless true) have as many rows as tokens "
+                "choose, and no number of slots; set experts.dropless to false"
+            )
         choices = self.k if config.routing == "tokens_choose" else 1
         rule = (choices, config.num_experts, self.capacity_ratio)
         whole = of_image * config.group_images
@@ -250,15 +263,21 @@ class SparseMlp(nn.Module):
         return expert_capacity(num_tokens, *rule, rounding="ceil" if few else config.rounding)
 
     def macs(self, layout: Layout) -> int:
-        """Multiply-accumulates per image of a whole group: the router, and every slot."""
+        """Multiply-accumulates per image of a whole group: the router, and every slot.
+
+        Of a dropless layer the router, and every choice.
+        """
         config = self.config
         num_tokens, images = layout.segments[-1].stop, config.group_images
+        hidden = self.bank.up_bias_EF.shape[1]
+        scores = linear_macs(num_tokens, layout.dim, config.num_experts)
+        if config.dropless:
+            in_tokens = sum(each.dim * (each.stop - each.start) for each in layout.segments)
+            return scores + 2 * hidden * self.k * in_tokens
         in_slots = sum(
             segment.dim * self.capacity(images * (segment.stop - segment.start), num_tokens)
             for segment in layout.segments
         )
-        hidden = self.bank.up_bias_EF.shape[1]
-        scores = linear_macs(num_tokens, layout.dim, config.num_experts)
         return scores + round(2 * hidden * config.num_experts * in_slots / images)
 
     def set_capacity(
@@ -269,6 +288,11 @@ class SparseMlp(nn.Module):
             raise RoutingError(
                 "k and batch_priority mean nothing where experts choose (experts.routing "
                 "experts_choose); set capacity_ratio"
+            )
+        if self.config.dropless and (capacity_ratio, batch_priority) != (None, None):
+            raise RoutingError(
+                "capacity_ratio and batch_priority mean nothing where nothing is dropped "
+                "(experts.dropless true); set k"
             )
         if k is not None and not (type(k) is int and 1 <= k <= self.config.num_experts):
             raise RoutingError(
@@ -296,13 +320,11 @@ class SparseMlp(nn.Module):
         std = self.config.noise / self.config.num_experts
         if self.training and std:
             noisy_NBE = logits_NBE + std * self._noise(logits_NBE)
-        assign = partial(self._assign, of_image=x_NBD.shape[0])
-        probs_NBE = noisy_NBE.softmax(dim=-1)
-        plan = plan_slots(probs_NBE, layout, group, assign)
+        plan = self._plan(noisy_NBE.softmax(dim=-1), layout, group)
         weight_RK = plan.weight_RK
         if gate_NB1 is not None:
             weight_RK = weight_RK * gate_NB1.reshape(-1, 1)
-        each_y_EQd = self.bank(dispatch(x_NBD, plan), self.ranks, self.where)
+        each_y_EQd = self.bank(dispatch(x_NBD, plan), self.ranks, self.where, plan.count_WE)
         out_NBD = combine(residual_NBD, each_y_EQd, weight_RK, plan)
         aux_loss = self._aux_loss(by_group(logits_NBE, group), by_group(noisy_NBE, group), std)
         return out_NBD, Dispatched(aux_loss, tuple(of.routed for of in plan.classes))
@@ -313,6 +335,12 @@ class SparseMlp(nn.Module):
         shape = (num_tokens, batch * self.ranks.parts, num_experts)
         whole = torch.randn(shape, dtype=logits_NBE.dtype, device=logits_NBE.device)
         return self.ranks.share(whole, axis=1)
+
+    def _plan(self, probs_NBE: Tensor, layout: Layout, group: int) -> SlotPlan:
+        if self.config.dropless:
+            return plan_rows(probs_NBE, layout, group, self.k)
+        assign = partial(self._assign, of_image=probs_NBE.shape[0])
+        return plan_slots(probs_NBE, layout, group, assign)
 
     def _assign(self, probs_GSE: Tensor, of_image: int) -> Assignment:
         capacity = self.capacity(probs_GSE.shape[1], of_image)
@@ -336,135 +364,3 @@ class SparseMlp(nn.Module):
         if config.z_weight:
             total = total + config.z_weight * router_z_loss(logits_GSE)
         return total
-
-
-class ExpertBank(nn.Module):
-    """E two-layer perceptrons, each nested in and out; where ranks share them, those of one rank.
-
-    All start from the same weights, as V-MoE's do; routing alone tells them apart.
-    """
-
-    def __init__(self, num_experts: int, dim: int, hidden: int, gelu: Gelu) -> None:
-        super().__init__()
-        self.approximate = "tanh" if gelu == "tanh" else "none"
-        self.up_weight_EFD = nn.Parameter(_equal(num_experts, hidden, dim))
-        self.up_bias_EF = nn.Parameter(torch.zeros(num_experts, hidden))
-        self.down_weight_EDF = nn.Parameter(_equal(num_experts, dim, hidden))
-        self.down_bias_ED = nn.Parameter(torch.zeros(num_experts, dim))
-
-    def keep(self, experts: range) -> None:
-        """Let go of all experts but these."""
-        for name, weight in list(self.named_parameters()):
-            held = weight.detach()[experts.start : experts.stop].clone()
-            setattr(self, name, nn.Parameter(held, requires_grad=weight.requires_grad))
-
-    def forward(
-        self, each_x_EQd: Sequence[Tensor], ranks: Ranks = ALONE, where: str = ""
-    ) -> tuple[Tensor, ...]:
-        """Every expert on its own slots, wherever it is: an `EQd` per width class, in and out.
-
-        Args:
-            each_x_EQd: This rank's slots of all experts, widest class first, contiguous.
-            ranks: Over which the experts are spread.
-            where: Name of the layer, for the errors of an exchange.
-        """
-        weights = (self.up_weight_EFD, self.up_bias_EF, self.down_weight_EDF, self.down_bias_ED)
-        inputs = as_autocast(*weights, *each_x_EQd)
-        learning = torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
-        how = _How(self.approximate, learning, ranks, where)
-        out: tuple[Tensor, ...] = _Bank.apply(how, *inputs)  # type: ignore[no-untyped-call]
-        return out
-
-
-class _How(NamedTuple):
-    """What a bank's passes are told besides tensors."""
-
-    approximate: str
-    learning: bool
-    ranks: Ranks
-    where: str
-
-    def to_experts(self, each_x_EQd: Sequence[Tensor], what: str) -> list[Arriving]:
-        """Start to send all classes, widest first: while one is computed the next ones travel."""
-        return [
-            self.ranks.to_experts(x_EQd.contiguous(), self._name(x_EQd, what))
-            for x_EQd in each_x_EQd
-        ]
-
-    def to_tokens(self, y_EQd: Tensor, what: str) -> Arriving:
-        """Start to send one class back."""
-        return self.ranks.to_tokens(y_EQd, self._name(y_EQd, what))
-
-    def _name(self, x_EQd: Tensor, what: str) -> str:
-        return f"{self.where}, width {x_EQd.shape[2]}, {what}"
-
-
-class _Bank(Function):
-    """Class by class, so that classes travel while others are computed; the widest goes first.
-
-    The exchange is in here, in both directions of both passes, because the gradients of weights
-    are sums over classes: the widest writes them, the others add to their prefix.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, how: _How, *inputs: Tensor) -> tuple[Tensor, ...]:
-        weights, each_x_EQd = MlpWeights(*inputs[:4]), inputs[4:]
-        arriving = how.to_experts(each_x_EQd, "inputs")
-        returning: list[Arriving] = []
-        kept: list[Tensor] = []
-        for arrive in arriving:
-            x_EQd = arrive()
-            y_EQd = torch.empty_like(x_EQd)
-            kept.append(x_EQd)
-            experts = _experts(weights.prefix(x_EQd.shape[2]))
-            for x, y, expert in zip(_parts(x_EQd), _parts(y_EQd), experts, strict=True):
-                _, keep = mlp_rows(x, expert, how.approximate, learning=how.learning, out=y)
-                kept.extend(keep if how.learning else ())
-            returning.append(how.to_tokens(y_EQd, "outputs"))
-        if how.learning:
-            ctx.save_for_backward(*weights, *kept)
-        ctx.how = how
-        return tuple(arrive() for arrive in returning)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads_EQd: Tensor) -> tuple[Tensor | None, ...]:
-        saved, how = ctx.saved_tensors, ctx.how
-        weights, kept = MlpWeights(*saved[:4]), iter(saved[4:])
-        grad_weights = weights.empty_gradients(grads_EQd[0].shape[2])
-        arriving = how.to_experts(grads_EQd, "gradients of outputs")
-        returning: list[Arriving] = []
-        for index, arrive in enumerate(arriving):
-            grad_EQd, x_EQd = arrive(), next(kept)
-            grad_x_EQd = torch.empty_like(x_EQd)
-            rows = map(_parts, (grad_EQd, x_EQd, grad_x_EQd))
-            experts = (_experts(each.prefix(x_EQd.shape[2])) for each in (weights, grad_weights))
-            for grad, x, grad_x, expert, grad_expert in zip(*rows, *experts, strict=True):
-                mlp_rows_backward(
-                    grad,
-                    x,
-                    KeptRows(next(kept), next(kept)),
-                    expert,
-                    how.approximate,
-                    grad_weights=grad_expert,
-                    accumulate=index > 0,
-                    grad_x_rd=grad_x,
-                )
-            returning.append(how.to_tokens(grad_x_EQd, "gradients of inputs"))
-        return None, *grad_weights, *(arrive() for arrive in returning)
-
-
-def _parts(stacked: Tensor) -> Sequence[Tensor]:
-    """Experts one by one where their hidden layers then stay in cache, elsewhere all at once."""
-    return stacked.unbind() if stacked.device.type == "cpu" else (stacked,)
-
-
-def _experts(stacked: MlpWeights) -> list[MlpWeights]:
-    """The weights, or gradients, that go with `_parts`."""
-    return [MlpWeights(*each) for each in zip(*map(_parts, stacked), strict=True)]
-
-
-def _equal(num_experts: int, fan_out: int, fan_in: int) -> Tensor:
-    """Xavier-uniform weights, the same for every expert."""
-    one = nn.init.xavier_uniform_(torch.empty(fan_out, fan_in))
-    return one.repeat(num_experts, 1, 1)

@@ -31,7 +31,7 @@ FIELDS = (
     "tokens",  # tokens of the class
     "unreached",  # of these, tokens that no expert takes: all their choices dropped, or not chosen
     "reached_once",  # of these, tokens that exactly one expert takes; the others have two or more
-    "slots",  # slots of the expert
+    "slots",  # slots of the expert; where nothing is dropped (dropless) what it computes, "used"
     "wanted",  # choices of the expert, kept or dropped; where experts choose, those they took
     "used",  # filled slots
     "gate_wanted",  # routing probability of what is wanted
@@ -113,7 +113,7 @@ def _sums(classes: Sequence[RoutedClass], *, experts_choose: bool) -> Tensor:
         torch.full_like(wanted_PE, groups * tokens),
         _over_tokens(times_PGS == 0).unsqueeze(1).expand_as(wanted_PE),
         _over_tokens(times_PGS == 1).unsqueeze(1).expand_as(wanted_PE),
-        torch.full_like(wanted_PE, groups * capacity),
+        torch.full_like(wanted_PE, groups * capacity) if capacity else wanted_PE,
     ]
     of_expert = [
         wanted_PE,
@@ -174,7 +174,7 @@ def load_rows(sums_LWEF: Tensor, layers: Sequence[int], dims: Sequence[int]) -> 
         dims: The widths, as for `load_sums`.
 
     Returns:
-        One row per (layer, width, expert) that has slots: none for a width without tokens.
+        One row per (layer, width, expert) of the widths that have tokens.
     """
     of = _by_field(sums_LWEF)
     all_used = of["used"].sum(dim=2, keepdim=True).expand_as(of["used"])
@@ -196,7 +196,7 @@ def load_rows(sums_LWEF: Tensor, layers: Sequence[int], dims: Sequence[int]) -> 
             width=dims[width],
             **{name: rate[at, width, expert].item() for name, rate in rates.items()},
         )
-        for at, width, expert in (of["slots"] > 0).nonzero().tolist()
+        for at, width, expert in (of["tokens"] > 0).nonzero().tolist()
     )
 
 

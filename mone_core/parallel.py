@@ -8,7 +8,8 @@ tokens to ranks by width would add an exchange and save nothing.
 
 from torch import nn
 
-from mone_core.experts import ExpertBank, SparseMlp
+from mone_core.bank import ExpertBank
+from mone_core.experts import SparseMlp
 from mone_core.models.encoder import Encoder
 from mone_core.ranks import Ranks
 

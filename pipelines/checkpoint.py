@@ -237,7 +237,9 @@ def _put_moments(tensors: dict[str, Tensor], model: nn.Module, optimizer: AdamW,
     )
     for name, parameter in model.named_parameters():
         moments = {moment: tensors[f"optimizer.{name}.{moment}"] for moment in _MOMENTS}
-        count = torch.tensor(float(step), device=parameter.device)  # where fused Adam wants it
+        # Where fused updates want it; the others read it on the host.
+        where = parameter.device if optimizer.defaults["fused"] else "cpu"
+        count = torch.tensor(float(step), device=where)
         optimizer.state[parameter] = {"step": count, **moments}
 
 

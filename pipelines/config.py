@@ -194,7 +194,7 @@ class ParallelConfig:
             problems.append(
                 f"expert must divide num_workers, got {self.expert} and {self.num_workers}"
             )
-        if self.shard and self.num_workers == 1:
+        if self.shard and self.device != "xla" and self.num_workers == 1:
             problems.append(
                 "shard must be false for num_workers 1: there is nobody to split weights with"
             )
@@ -203,8 +203,6 @@ class ParallelConfig:
                 f"accelerator_type and topology must be set for device xla and for no other, got "
                 f"{self.accelerator_type!r} and {self.topology!r} for {self.device}"
             )
-        if self.device == "xla" and self.shard:
-            problems.append("shard must be false for device xla: dense weights are whole there")
         _raise_if_any("parallel", problems)
 
 
@@ -294,6 +292,11 @@ class RunConfig:
             problems.append(
                 f"parallel.expert must divide model.experts.num_experts, got {parallel.expert} "
                 f"and {experts.num_experts}"
+            )
+        if experts.dropless and parallel.device == "xla":
+            problems.append(
+                "model.experts.dropless must be false for parallel.device xla: programs of XLA "
+                "devices have fixed shapes, and rows are as many as tokens choose"
             )
         at_once = self.train.batch_size // (parallel.num_workers * self.train.microbatches)
         if at_once % experts.group_images:

@@ -6,7 +6,7 @@ process, all budgets in turn, so that a noisy machine is noisy for all of them a
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cluster.backends import Backend
 from mone_core.losses import softmax_loss
-from mone_core.models import ViT
+from mone_core.models import Output, ViT
 from pipelines.config import RunConfig
 from pipelines.data.batch import Batch, model_input
 from pipelines.data.stream import EvalStream
@@ -37,19 +37,31 @@ class Score:
 
 @torch.no_grad()
 def score(
-    model: ViT, stream: EvalStream, budgets: Sequence[float], backend: Backend
+    model: ViT,
+    compute: Callable[[Tensor], Output],
+    stream: EvalStream,
+    budgets: Sequence[float],
+    backend: Backend,
 ) -> dict[float, Score]:
     """Count right answers on every sample of a stream, at each budget.
 
     Every image is decoded once for all budgets. All ranks must call it; all get the same.
+
+    Args:
+        model: Its budget is changed on the way.
+        compute: What to call: the model, or what a backend made of it.
+        stream: This rank's images.
+        budgets: Effective capacities.
+        backend: The ranks. Its random numbers begin anew, the same in every evaluation.
     """
     training = model.training
     model.eval()
-    with torch.random.fork_rng(devices=_accelerators(backend)):
-        torch.manual_seed(0)  # a random router draws the same in every evaluation
-        sums = torch.zeros(len(budgets), 3, dtype=torch.float64, device=backend.device)
-        for batch in stream:
-            sums += _counted(model, batch.to(backend.device), budgets)
+    backend.seed(0)
+    sums = torch.zeros(len(budgets), 3, dtype=torch.float64, device=backend.device)
+    backend.submit()  # the first batch is then the same program as the others
+    for batch in stream:
+        sums += _counted(model, compute, batch.moved(backend.put), budgets)
+        backend.submit()
     model.train(training)
     totals = backend.sum_over_ranks(sums, "adding up an evaluation").tolist()
     return {
@@ -58,21 +70,19 @@ def score(
     }
 
 
-def _counted(model: ViT, batch: Batch, budgets: Sequence[float]) -> Tensor:
+def _counted(
+    model: ViT, compute: Callable[[Tensor], Output], batch: Batch, budgets: Sequence[float]
+) -> Tensor:
     """Right answers, summed loss and samples of one batch, a row per budget."""
     images, labels_B, valid_B = model_input(batch.pixels_BHWC), batch.labels_B, batch.valid_B
     rows = []
     for budget in budgets:
         model.set_effective_capacity(budget)
-        logits_BK = model(images).logits_BK
+        logits_BK = compute(images).logits_BK
         right_B = (logits_BK.argmax(dim=1) == labels_B) & valid_B
         loss_B = softmax_loss(logits_BK, labels_B) * valid_B
         rows.append(torch.stack([right_B.sum(), loss_B.sum(), valid_B.sum()]))
     return torch.stack(rows).double()
-
-
-def _accelerators(backend: Backend) -> list[torch.device]:
-    return [] if backend.device.type == "cpu" else [backend.device]
 
 
 def latency_batch(image_size: int) -> int:
@@ -119,7 +129,7 @@ def evaluate(
         backend: One process.
     """
     model.eval()
-    found = score(model, stream, budgets, backend)
+    found = score(model, model, stream, budgets, backend)
     taken = latencies(model, budgets, backend)
     return Results(
         name=name,

@@ -9,7 +9,7 @@ from torch.optim import AdamW
 from pipelines.config import OptimConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
+def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool = True) -> AdamW:
     """AdamW that decays matrices only.
 
     Biases, norms, alphas and the position table are left alone, as in the ViT recipes: pulling
@@ -25,7 +25,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    return AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=fused)
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

@@ -102,7 +102,6 @@ def train(run: Run) -> Outcome:
         while step < plan.steps and not stop:
             batch, position = next(batches)
             window.add(train_step(run, step, batch.moved(run.backend.put)))
-            run.backend.submit()
             step += 1
             last = step == plan.steps
             if last or step % plan.log_every == 0:
@@ -121,7 +120,6 @@ def train_step(run: Run, step: int, batch: Batch) -> Measured:
     Args:
         step: Updates done before this one.
         batch: This rank's share of the global batch, on the device.
-
     """
     plan, optim = run.config.train, run.config.optim
     budgets = plan.budgets
@@ -138,6 +136,7 @@ def train_step(run: Run, step: int, batch: Batch) -> Measured:
     norm = clip_gradients(run.core, run.experts, optim.clip_norm, run.backend)
     set_learning_rate(run.optimizer, learning_rate(step, run.config.train.steps, optim))
     run.optimizer.step()
+    run.backend.submit()
     load = torch.stack(loads).sum(dim=0) if loads else None
     return Measured(torch.stack([loss, norm]), load)
 
@@ -180,7 +179,8 @@ class _Window:
         self.restart_clock()
 
     def _restart(self) -> None:
-        self._sums = torch.zeros(2, device=self._run.backend.device)
+        # Moved and not made there: nothing that waits to become part of the next step's program.
+        self._sums = torch.zeros(2).to(self._run.backend.device)
         self._load: Tensor | None = None
         self._steps = 0
 
@@ -189,6 +189,7 @@ class _Window:
         self._sums += measured.loss_and_norm
         if measured.load is not None:
             self._load = measured.load if self._load is None else self._load + measured.load
+        self._run.backend.submit()  # apart from the step, which is then always the same program
         self._steps += 1
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """The contract between training and the machines it runs on."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -39,7 +39,7 @@ class Backend(Protocol):
 
     Code above never asks which one it has: a new difference between machines becomes a method
     here. Every method that talks to other ranks must be called by all of them, in the
-    same order. To a model it is its ranks: `parts` to `to_tokens` are what `mone_core.ranks`
+    same order. To a model it is its ranks: `parts` to `send_rows` are what `mone_core.ranks`
     asks for, described there.
 
     Attributes:
@@ -47,29 +47,50 @@ class Backend(Protocol):
         world: How many there are.
         mesh: The table they form.
         device: Where this process computes.
-        parts: Equal parts of a batch: the ranks, times those that each computes one by one.
         expert_ranks: Ranks that experts are spread over.
+        fused_updates: Whether torch's fused optimizers run on the device.
     """
 
     rank: int
     world: int
     mesh: Mesh
     device: torch.device
-    parts: int
     expert_ranks: int
+    fused_updates: bool
+
+    @property
+    def parts(self) -> int:
+        """Equal parts of a batch: the ranks, times those that each computes one by one."""
+        ...
 
     @property
     def sent_bytes(self) -> int:
         """Bytes handed to all-to-alls by this rank so far, what stays with it included."""
         ...
 
-    def place(self, model: nn.Module, experts: Collection[str]) -> Placed:
+    def place(
+        self, model: nn.Module, experts: Collection[str], blocks: Collection[nn.Module] = ()
+    ) -> Placed:
         """Move a model to the device, with rank 0's weights on all ranks.
 
         Args:
             model: This rank's part of it.
             experts: Names of the parameters that are stacked by expert.
+            blocks: Parts of the model that compute one after another. If there are any, all
+                ranks split the dense weights among them, and gather a block's while it computes.
         """
+        ...
+
+    def put(self, images: Tensor) -> Tensor:
+        """Something with this rank's images along its first axis, on the device."""
+        ...
+
+    def seed(self, seed: int) -> None:
+        """Begin the sequence of random numbers that models draw on the device."""
+        ...
+
+    def submit(self) -> None:
+        """A step ends: a device that writes operations down first may start on them."""
         ...
 
     def take_part(self, index: int, of: int) -> None:
@@ -90,6 +111,12 @@ class Backend(Protocol):
 
     def to_tokens(self, y_EQd: Tensor, where: str) -> Callable[[], Tensor]:
         """Send slots back to the ranks of their tokens."""
+        ...
+
+    def send_rows(
+        self, rows: Tensor, sent: Sequence[int], come: Sequence[int], where: str
+    ) -> Callable[[], Tensor]:
+        """Send to each rank of the experts a number of rows of its own."""
         ...
 
     def stacked(self, local: Tensor) -> Tensor:

@@ -1,14 +1,14 @@
 """What ranks do together through torch.distributed, with errors that say who was at what.
 
-Sums are sums: an average would hide a divisor in here (and gloo has none). An all-to-all has equal
-parts, known to both sides beforehand, so no counts are exchanged and nobody waits for a number.
+Sums are sums: an average would hide a divisor in here (and gloo has none). The parts of an
+all-to-all are equal, or both sides give their sizes: no sizes are exchanged in here, and nobody
+waits for a number.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -64,20 +64,31 @@ class Collectives:
             with self._named(what):
                 dist.broadcast(values, src=group.ranks[0], group=group.handle)
 
-    def start_all_to_all(self, sent: Tensor, group: Group, what: str) -> Callable[[], Tensor]:
+    def start_all_to_all(
+        self,
+        sent: Tensor,
+        group: Group,
+        what: str,
+        sizes: tuple[Sequence[int], Sequence[int]] | None = None,
+    ) -> Callable[[], Tensor]:
         """Begin to send one part of the first axis to each rank of the group.
 
         Args:
-            sent: Contiguous; its first axis is the group's ranks. Not to be written until the
-                call has returned.
+            sent: Contiguous; its first axis is the group's ranks, or parts of the given sizes
+                in the order of ranks. Not to be written until the call has returned.
+            sizes: Of the first axis, what goes to each rank and what comes from each; 0 is a size.
 
         Returns:
-            To be called for what the others sent here, of the same shape, in their order.
+            To be called for what the others sent here, in their order; of the same shape where
+            parts are equal.
         """
         self.sent_bytes += sent.nbytes
-        received = torch.empty_like(sent)
+        goes, comes = sizes or (None, None)
+        received = sent.new_empty(len(sent) if comes is None else sum(comes), *sent.shape[1:])
         with self._named(what):
-            work = dist.all_to_all_single(received, sent, group=group.handle, async_op=True)
+            work = dist.all_to_all_single(
+                received, sent, comes, goes, group=group.handle, async_op=True
+            )
 
         def arrive() -> Tensor:
             self._wait(work, what)

@@ -3,7 +3,7 @@
 Pixels travel as bytes, a quarter of what floats weigh, and become numbers on the device.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,12 +26,12 @@ class Batch:
     labels_B: Tensor
     valid_B: Tensor
 
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device."""
+    def moved(self, put: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same batch where `put` (a backend's) puts its tensors."""
         return Batch(
-            pixels_BHWC=self.pixels_BHWC.to(device, non_blocking=True),
-            labels_B=self.labels_B.to(device, non_blocking=True),
-            valid_B=self.valid_B.to(device, non_blocking=True),
+            pixels_BHWC=put(self.pixels_BHWC),
+            labels_B=put(self.labels_B),
+            valid_B=put(self.valid_B),
         )
 
     def parts(self, count: int) -> "Iterator[Batch]":

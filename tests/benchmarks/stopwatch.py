@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.backends import Backend
-from mone_core.experts import ExpertBank
+from mone_core.bank import ExpertBank
 from mone_core.ranks import Arriving
 from tests.benchmarks.harness import Run
 

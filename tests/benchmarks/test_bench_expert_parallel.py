@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from cluster.backends import get_backend
+from mone_core.bank import ExpertBank
 from mone_core.capacity import capacity_distribution, effective_capacity_of, token_counts
-from mone_core.experts import ExpertBank, ExpertsConfig
+from mone_core.experts import ExpertsConfig
 from mone_core.models import ModelConfig
 from tests.benchmarks.bench_expert_parallel import (
     Layers,

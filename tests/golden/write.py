@@ -25,7 +25,7 @@ def golden(recipe: str) -> str:
     lines = [to_yaml(config).rstrip(), "", "parameters:"]
     lines += [f"  {name} {shape}" for name, shape in shapes.items()]
     lines += [f"  in all {sum(p.numel() for p in model.parameters()):,}", "", "MACs of an image:"]
-    for budget in BUDGETS:
+    for budget in config.model.nesting.reachable(BUDGETS):
         model.set_effective_capacity(budget)
         counts = list(model.encoder.plan.counts)
         lines.append(f"  e_c {budget}: {model.macs():,} with tokens {counts}")

@@ -87,16 +87,34 @@ class OneOfMany:
         return self._exchange("to tokens", y_EQd, where, cut=1, joined=0)
 
     def _exchange(self, way, tensor, where, *, cut, joined):
-        number, what = len(self.handed), (way, where, tuple(tensor.shape))
-        self.handed.append((way, tensor))
-        self.log.append(("send", where))
         assert tensor.shape[cut] % self.expert_ranks == 0
         parts = tensor.chunk(self.expert_ranks, dim=cut)
+        what = (way, where, tuple(tensor.shape))
+        arrive_parts = self._hand(what, tensor, parts)
+        return lambda: torch.cat(arrive_parts(), dim=joined)
+
+    def send_rows(self, rows, sent, come, where):
+        assert rows.is_contiguous()
+        assert len(sent) == len(come) == self.expert_ranks
+        arrive_parts = self._hand(("rows", where), rows, rows.split(list(sent)))
+
+        def arrive():
+            parts = arrive_parts()
+            assert [len(part) for part in parts] == list(come)
+            return torch.cat(parts)
+
+        return arrive
+
+    def _hand(self, what, tensor, parts):
+        """To be called for the parts for this rank, by sender."""
+        number, (way, where) = len(self.handed), what[:2]
+        self.handed.append((way, tensor))
+        self.log.append(("send", where))
         self.table.send(self.row, number, self.column, what, parts)
 
         def arrive():
             received = self.table.receive(self.row, number, self.column)
             self.log.append(("wait", where))
-            return torch.cat(received, dim=joined)
+            return received
 
         return arrive

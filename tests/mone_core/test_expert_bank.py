@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import mone_core.experts
-from mone_core.experts import ExpertBank
+import mone_core.bank
+from mone_core.bank import ExpertBank
 from tests.mone_core.sparse_reference import leaf
 
 
@@ -87,7 +87,7 @@ def test_experts_one_by_one_and_in_one_product_are_plain_perceptrons(
     bank, slots = bank_and_slots(gelu, dims)
     expected = outputs_and_gradients(partial(plain, bank), bank, slots)
     if stacked:  # as on accelerators; there is none here to do it by itself
-        monkeypatch.setattr(mone_core.experts, "_parts", lambda all_experts: (all_experts,))
+        monkeypatch.setattr(mone_core.bank, "_parts", lambda all_experts: (all_experts,))
 
     ours = outputs_and_gradients(bank, bank, slots)
     with torch.no_grad():

@@ -10,23 +10,31 @@ from functools import partial
 import pytest
 import torch
 
-import mone_core.experts
-from mone_core.experts import ExpertBank, SparseMlp
+import mone_core.bank
+from mone_core.bank import ExpertBank
+from mone_core.experts import SparseMlp
 from mone_core.models import DENSE
 from mone_core.nested import Layout
 from mone_core.parallel import expert_parameters, spread
 from mone_core.ranks import ALONE
+from tests.mone_core.rank_steps import (
+    BATCH,
+    DIMS,
+    LAYOUTS,
+    NESTED,
+    SKEWS,
+    assert_close,
+    favouring,
+    images_of_all,
+    of_images,
+    step,
+    step_of_one,
+    whole_gradient,
+)
 from tests.mone_core.reference import EVERY_MODEL, EXPERTS, random_images, random_model
 from tests.mone_core.simulated_ranks import SEED, Table
-from tests.mone_core.sparse_reference import FLAT, LOSSES, ROUTING, leaf, operands, random_layer
+from tests.mone_core.sparse_reference import LOSSES, ROUTING, leaf, operands, random_layer
 
-DIMS = (1, 2, 4, 8)
-NESTED = Layout.of((2, 2, 1, 2), DIMS)
-LAYOUTS = {
-    "flat": FLAT,
-    "nested": NESTED,
-    "nested, two classes": Layout.of((0, 4, 3, 0), DIMS),
-}
 TABLES = [(1, 1), (1, 2), (1, 4), (2, 2), (4, 1)]  # rows: copies of the experts; columns
 CHOICES = {
     "top 1": {"k": 1},
@@ -34,67 +42,6 @@ CHOICES = {
     "batch priority": {"batch_priority": True},
     "experts choose": {"routing": "experts_choose"},
 }
-BATCH = 8  # of all ranks: the four of the largest table have one group of two images each
-# Favour of every expert: added to the scores of all tokens.
-SKEWS = {
-    "balanced": (0, 0, 0, 0),
-    "skewed": (0, 1, 2, 0),
-    "one empty": (-40, 0, 0, 0),
-    "all to one": (-40, 30, 40, -30),
-}
-
-
-def of_images(operand, rank):
-    """A rank's images of an operand `NBX` of all, as a leaf of its own."""
-    part = operand.detach().chunk(rank.parts, dim=1)[rank.rank]
-    return part.contiguous().requires_grad_()
-
-
-def step(layer, residual, x, gate, seed, layout, parts=1):
-    """Output, auxiliary loss, and gradients by name, of a part of the batch's loss."""
-    out, told = layer(residual, x, layout, gate)
-    loss = (out * seed).sum() + told.aux_loss / parts
-    leaves = {"residual": residual, "x": x, "gate": gate, **dict(layer.named_parameters())}
-    grads = torch.autograd.grad(loss, list(leaves.values()))
-    return out.detach(), told, dict(zip(leaves, grads, strict=True))
-
-
-def step_of_one(layer, rank, operands, layout):
-    """The same for the part of one rank, by a layer that keeps the rank's experts only."""
-    layer = copy.deepcopy(layer)
-    layer.spread(rank, "layer 3")
-    residual, x, gate, seed = (of_images(each, rank) for each in operands)
-    return step(layer, residual, x, gate, seed.detach(), layout, rank.parts)
-
-
-def whole_gradient(name, grads, columns):
-    """What all ranks' gradients of one name come to, ranks in order."""
-    if name in ("residual", "x", "gate"):
-        return torch.cat(grads, dim=1)
-    if ".bank." not in f".{name}":
-        return sum(grads)
-    of_column = [sum(grads[column::columns]) for column in range(columns)]
-    return torch.cat(of_column)
-
-
-def assert_close(one, other, name):
-    torch.testing.assert_close(one, other, rtol=0, atol=1e-12, msg=lambda m: f"{name}: {m}")
-
-
-def images_of_all(layout):
-    """Residual, x, gate, and gradient of the output; the first feature of x is close to 1."""
-    residual, x, gate = operands(BATCH, layout)
-    with torch.no_grad():
-        x[..., 0] = 1 + 0.01 * x[..., 0]
-    return residual, x, gate, torch.randn_like(residual)
-
-
-def favouring(skew, **changes):
-    """A layer whose router favours some experts."""
-    layer = random_layer(**changes)
-    with torch.no_grad():
-        layer.router.weight[:, 0] += torch.tensor(SKEWS[skew])
-    return layer
 
 
 def assert_ranks_equal_one_alone(layer, table, layout):
@@ -303,6 +250,7 @@ def test_what_is_sent_is_contiguous_however_it_lies_in_memory():
 MODELS = {
     "V-MoE": EVERY_MODEL["V-MoE"],
     "nested sparse": EVERY_MODEL["nested sparse"],
+    "dropless": {"experts": replace(EXPERTS, dropless=True)},
     "nested sparse, random router": {"experts": EXPERTS, "assignment": "random"},
     "two random routers": {
         "experts": replace(EXPERTS, group_images=1, batch_priority=True),
@@ -413,7 +361,7 @@ def test_parameters_of_experts_are_told_by_name():
 @pytest.mark.parametrize("routing", ROUTING)
 def test_ranks_that_stack_their_experts_compute_what_one_computes(routing, table, monkeypatch):
     # As on accelerators; there is none here to do it by itself.
-    monkeypatch.setattr(mone_core.experts, "_parts", lambda stacked: (stacked,))
+    monkeypatch.setattr(mone_core.bank, "_parts", lambda stacked: (stacked,))
     layer = random_layer(capacity_ratio=0.6, **ROUTING[routing])
 
     assert_ranks_equal_one_alone(layer, Table(*table), NESTED)

@@ -52,7 +52,7 @@ def test_no_command_lists_all_commands(mone):
 def test_every_command_file_is_a_verb():
     files = {path.stem for path in (REPOSITORY / "pipelines" / "commands").glob("[!_]*.py")}
 
-    assert files == set(cli.VERBS)
+    assert files == {verb.replace("-", "_") for verb in cli.VERBS}
 
 
 @pytest.mark.parametrize(

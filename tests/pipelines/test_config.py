@@ -123,7 +123,7 @@ def test_a_whole_number_is_a_number():
         ("data: {embedded: digitz}", r"data\.embedded: Input should be 'digits', got 'digitz'"),
         (
             "parallel: {device: tpu}",
-            r"parallel\.device: Input should be 'cpu' or 'cuda', got 'tpu'",
+            r"parallel\.device: Input should be 'cpu', 'cuda' or 'xla', got 'tpu'",
         ),
         ("a: [", r"my\.yaml is not YAML: "),
         ("[1, 2]", r"my\.yaml must be a mapping such as `train: \{steps: 100\}`"),
@@ -175,7 +175,35 @@ def test_values_that_cannot_be_are_refused_from_a_file_as_from_code():
         (lambda: ParallelConfig(num_workers=0), r"parallel: num_workers must be 1 or more, got 0"),
         (
             lambda: base(train=TrainConfig(batch_size=63), parallel=ParallelConfig(num_workers=2)),
-            r"run: parallel\.num_workers must divide train\.batch_size, got 2 and 63",
+            r"run: parallel\.num_workers times train\.microbatches must divide train\.batch_size, "
+            r"got 2 times 1 and 63",
+        ),
+        (
+            lambda: base(train=TrainConfig(batch_size=4, microbatches=3)),
+            r"train\.microbatches must divide train\.batch_size, got 1 times 3 and 4",
+        ),
+        (lambda: TrainConfig(microbatches=0), r"train: microbatches must be 1 or more, got 0"),
+        (lambda: ParallelConfig(expert=0), r"parallel: expert must be 1 or more, got 0"),
+        (
+            lambda: ParallelConfig(num_workers=4, expert=3),
+            r"parallel: expert must divide num_workers, got 3 and 4",
+        ),
+        (
+            lambda: ParallelConfig(shard=True),
+            r"parallel: shard must be false for num_workers 1: there is nobody to split weights",
+        ),
+        (
+            lambda: ParallelConfig(device="xla", topology="2x2x2"),
+            r"parallel: accelerator_type and topology must be set for device xla and for no other, "
+            r"got '' and '2x2x2' for xla",
+        ),
+        (
+            lambda: ParallelConfig(accelerator_type="v4-16", topology="2x2x2"),
+            r"for no other, got 'v4-16' and '2x2x2' for cpu",
+        ),
+        (
+            lambda: ParallelConfig(collective_timeout_s=0),
+            r"parallel: collective_timeout_s must be 1 or more, got 0",
         ),
         (
             lambda: base(data=DataConfig(eval_resize=100)),
@@ -221,19 +249,42 @@ def test_a_list_of_budgets_out_of_reach_is_told_by_its_first():
         base(model=ModelConfig(nesting=DENSE))
 
 
-def test_images_routed_together_must_not_depend_on_the_number_of_workers():
+@pytest.mark.parametrize(("workers", "microbatches"), [(4, 1), (1, 4), (2, 2)])
+def test_images_routed_together_must_not_depend_on_the_number_of_workers_and_parts(
+    workers, microbatches
+):
     model = ModelConfig(experts=ExpertsConfig(placement="every", group_images=8))
 
     with pytest.raises(
         ConfigError,
-        match=r"run: model\.experts\.group_images must divide the 4 images of a worker "
-        r"\(train\.batch_size 16 over parallel\.num_workers 4\), got 8",
+        match=r"run: model\.experts\.group_images must divide the 4 images that a worker computes "
+        rf"at once \(train\.batch_size 16 over parallel\.num_workers {workers} and "
+        rf"train\.microbatches {microbatches}\), got 8",
     ):
         base(
             model=model,
-            train=TrainConfig(batch_size=16),
-            parallel=ParallelConfig(num_workers=4),
+            train=TrainConfig(batch_size=16, microbatches=microbatches),
+            parallel=ParallelConfig(num_workers=workers),
         )
+
+
+def test_experts_are_spread_evenly():
+    model = ModelConfig(experts=ExpertsConfig(placement="every", num_experts=6))
+
+    with pytest.raises(
+        ConfigError,
+        match=r"^run: parallel\.expert must divide model\.experts\.num_experts, got 4 and 6$",
+    ):
+        base(model=model, parallel=ParallelConfig(num_workers=4, expert=4))
+
+
+def test_a_model_without_sparse_experts_has_nothing_to_spread():
+    with pytest.raises(
+        ConfigError,
+        match=r"run: parallel\.expert must be 1 for a model without sparse experts "
+        r"\(model\.experts\.placement none\), got 2: nested experts are parts of one set of",
+    ):
+        base(parallel=ParallelConfig(num_workers=2, expert=2))
 
 
 def test_the_reachable_range_is_that_of_the_models_own_widths():

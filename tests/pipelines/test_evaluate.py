@@ -53,7 +53,7 @@ def plain_loop(model, config, budget):
 
 
 def test_accuracy_and_loss_are_those_of_a_plain_loop_at_every_budget(model, config):
-    found = score(model, validation_stream(config), BUDGETS, get_backend("cpu"))
+    found = score(model, model, validation_stream(config), BUDGETS, get_backend("cpu"))
 
     assert tuple(found) == BUDGETS
     for budget, score_ in found.items():
@@ -71,7 +71,7 @@ def test_rows_of_padding_never_count(model, config, always):
         model.head.classify.bias.copy_(100 * F.one_hot(torch.tensor(always), 4))
     labels = [(1000 + i) % 4 for i in range(SAMPLES)]  # padding has label 0
 
-    found = score(model, validation_stream(config), (0.5,), get_backend("cpu"))[0.5]
+    found = score(model, model, validation_stream(config), (0.5,), get_backend("cpu"))[0.5]
 
     assert found.samples == SAMPLES
     assert found.accuracy == labels.count(always) / SAMPLES
@@ -81,7 +81,7 @@ def test_rows_of_padding_never_count(model, config, always):
 def test_scoring_needs_no_gradient_and_changes_no_weight(model, config):
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
-    score(model, validation_stream(config), (0.5,), get_backend("cpu"))
+    score(model, model, validation_stream(config), (0.5,), get_backend("cpu"))
 
     assert tiny.same_bits(before, dict(model.state_dict()))
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -70,7 +70,8 @@ def test_what_is_printed_reads_back_to_the_same_tree(recipe, tmp_path):
         (("--optim.betas", "0.9"), r"argument '--optim\.betas'\. Expected 2 values\.$"),
         (
             ("--parallel.device", "tpu"),
-            r"^invalid choice 'tpu' for argument '--parallel\.device'\. .*\('cpu', 'cuda'\)\.$",
+            r"^invalid choice 'tpu' for argument '--parallel\.device'\. "
+            r".*\('cpu', 'cuda', 'xla'\)\.$",
         ),
     ],
 )
@@ -93,7 +94,11 @@ def test_a_flag_that_does_not_fit_is_refused_in_one_line(flags, message, capsys)
             ("--train.budgets", "0.05"),
             r"train\.budgets: .* 0\.05 is out of reach: .* 0\.125 .* 1\.0",
         ),
-        (("--train.batch-size", "63"), r"num_workers must divide train\.batch_size, got 2 and 63$"),
+        (
+            ("--train.batch-size", "63"),
+            r"num_workers times train\.microbatches must divide train\.batch_size, got 2 times 1 "
+            r"and 63$",
+        ),
         (("--train.checkpoint-every", "30"), r"checkpoint_every must be a multiple of log_every"),
     ],
 )

@@ -288,7 +288,7 @@ def train_and_score(backend, config, alone, folder):
     model = build_model(config.model)
     load_weights(checkpoint_of(config.out), model)
     stream = validation_stream(config, rank=backend.rank, world=backend.world)
-    scores = score(model, stream, (0.2, 0.5, 1.0), backend)
+    scores = score(model, model, stream, (0.2, 0.5, 1.0), backend)
     told = {
         "outcomes": [outcome, *outcomes],
         "rows": [asdict(row) for row in rows],
@@ -357,7 +357,7 @@ def test_two_processes_score_a_model_as_one_does(two_ranks):
     model = build_model(config.model)
     load_weights(checkpoint_of(config.out), model)
 
-    alone = score(model, validation_stream(config), (0.2, 0.5, 1.0), get_backend("cpu"))
+    alone = score(model, model, validation_stream(config), (0.2, 0.5, 1.0), get_backend("cpu"))
 
     assert told[0]["scores"] == told[1]["scores"]
     for two, one in zip(told[0]["scores"], alone.values(), strict=True):

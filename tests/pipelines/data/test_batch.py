@@ -32,7 +32,7 @@ def test_a_batch_moves_whole():
         valid_B=torch.ones(2, dtype=torch.bool),
     )
 
-    moved = batch.to(torch.device("meta"))
+    moved = batch.moved(lambda tensor: tensor.to("meta"))
 
     assert {moved.pixels_BHWC.device, moved.labels_B.device, moved.valid_B.device} == {
         torch.device("meta")
