@@ -63,6 +63,7 @@ def test_alone_sums_are_the_values_themselves_and_nothing_travels():
         assert each.data_ptr() != values.data_ptr()  # the caller's tensor is left alone
     assert backend.to_experts(slots, "there")() is slots
     assert backend.to_tokens(slots, "back")() is slots
+    assert backend.send_rows(slots, [2], [2], "there")() is slots
     assert backend.stacked(slots) is slots
     assert backend.sent_bytes == 0
 
@@ -265,6 +266,14 @@ def exchanges_are_avoided_or_made(backend):
     ]
     assert torch.equal(spread.to_tokens(arrived, "back")(), slots)
     assert spread.sent_bytes == 2 * slots.nbytes
+
+    rows = torch.stack([torch.full((2,), 100.0 * r + row) for row in range((4, 2)[r])])
+    sent, come = (([1, 3], [1, 2]), ([2, 0], [3, 0]))[r]
+    assert backend.send_rows(rows, [len(rows)], [len(rows)], "there")() is rows
+    arrived = spread.send_rows(rows, sent, come, "there")()
+    assert arrived[:, 1].tolist() == ([0.0, 100.0, 101.0], [1.0, 2.0, 3.0])[r]
+    assert torch.equal(spread.send_rows(arrived, come, sent, "back")(), rows)
+    assert spread.sent_bytes == 2 * slots.nbytes + rows.nbytes + arrived.nbytes
     assert backend.sent_bytes == 0
 
 
