@@ -10,6 +10,7 @@ from pipelines.checkpoint import Checkpoints
 from pipelines.config import RunConfig
 from pipelines.data.order import Position
 from pipelines.data.stream import TrainStream
+from pipelines.errors import RunError
 from pipelines.evaluate import validation_stream
 from pipelines.optim import build_optimizer
 from pipelines.train import Reporter, Run
@@ -18,23 +19,37 @@ from pipelines.weights import start_from
 
 def build_run(config: RunConfig, backend: Backend, reporter: Reporter) -> Run:
     """Everything that training needs on this rank."""
+    _check_groups(config, backend)
     use_gemm(config.parallel.gemm)
     core = initial_model(config)
     spread(core, backend)
     experts = frozenset(expert_parameters(core))
+    blocks = list(core.encoder.blocks) if config.parallel.shard else []
     return Run(
         config=config,
         backend=backend,
         core=core,
-        model=backend.place(core, experts),
+        model=backend.place(core, experts, blocks),
         experts=experts,
-        optimizer=build_optimizer(core, config.optim),
+        optimizer=build_optimizer(core, config.optim, fused=backend.fused_updates),
         stream=training_stream(config, backend),
         validation=validation_stream(config, rank=backend.rank, world=backend.world),
         checkpoints=Checkpoints(config.out, config, backend),
         reporter=reporter,
         start=Position(seed=config.train.seed, epoch=0, step=0),
     )
+
+
+def _check_groups(config: RunConfig, backend: Backend) -> None:
+    """Images that are routed together must lie on one device, however many a worker drives."""
+    experts, devices = config.model.experts, backend.mesh.world
+    at_once = config.train.batch_size // (devices * config.train.microbatches)
+    if experts.placement != "none" and at_once % experts.group_images:
+        raise RunError(
+            f"model.experts.group_images must divide the {at_once} images that each of {devices} "
+            f"devices computes at once, got {experts.group_images}; set it to a divisor, or "
+            f"train.batch_size to a multiple of {devices * experts.group_images}"
+        )
 
 
 def initial_model(config: RunConfig) -> ViT:

@@ -4,10 +4,11 @@ The loss is the mean over all images of all ranks. Every gradient is a sum, see
 `cluster.backends.base`: the one divisor of the whole computation stands here, on the loss.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cluster.backends import Backend, Placed
 
@@ -55,16 +56,27 @@ def clip_gradients(
     Returns:
         The norm before clipping, on the device, the same on every rank.
     """
-    spread = [
-        p.grad for name, p in model.named_parameters() if name in experts and p.grad is not None
-    ]
-    dense = [
-        p.grad for name, p in model.named_parameters() if name not in experts and p.grad is not None
-    ]
-    norm: Tensor = nn.utils.get_total_norm(dense)
-    if spread:
-        of_mine = nn.utils.get_total_norm(spread).square()
-        of_all = backend.sum_over_experts(of_mine, "the gradient norm of the experts")
+    learned = {name: p for name, p in model.named_parameters() if p.grad is not None}
+    spread = [p for name, p in learned.items() if name in experts]
+    parts = [p for p in learned.values() if isinstance(p, DTensor)]
+    whole = [p for name, p in learned.items() if name not in experts and not isinstance(p, DTensor)]
+    norm = _norm(whole)
+    if parts:
+        of_all = backend.sum_over_ranks(_norm(parts).square(), "the gradient norm")
         norm = (norm.square() + of_all).sqrt()
-    nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+    if spread:
+        of_all = backend.sum_over_experts(
+            _norm(spread).square(), "the gradient norm of the experts"
+        )
+        norm = (norm.square() + of_all).sqrt()
+    for alike in (parts, whole + spread):  # torch does not scale both kinds in one go
+        nn.utils.clip_grads_with_norm_(alike, max_norm, norm)
+    return norm
+
+
+def _norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Norm of their gradients; where ranks hold parts of one, that of the part here."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    here = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    norm: Tensor = nn.utils.get_total_norm(here)
     return norm

@@ -1,9 +1,11 @@
 """The optimizer of a run and its learning rate at each step."""
 
 import math
+from collections import defaultdict
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from pipelines.config import OptimConfig
@@ -15,15 +17,15 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool = True
     Biases, norms, alphas and the position table are left alone, as in the ViT recipes: pulling
     them to zero regularises nothing.
     """
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    members: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         # The biases of experts are stacked: two axes, and still biases.
         decayed = parameter.ndim >= 2 and "position" not in name and "bias" not in name
-        (matrices if decayed else others).append(parameter)
+        # Torch updates no split and whole weights in one go.
+        members[decayed, isinstance(parameter, DTensor)].append(parameter)
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": members[kind], "weight_decay": config.weight_decay if kind[0] else 0.0}
+        for kind in sorted(members, reverse=True)
     ]
     return AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=fused)
 

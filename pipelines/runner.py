@@ -41,6 +41,7 @@ _MAY_CHANGE = (
     "train.microbatches",
     "parallel.num_workers",
     "parallel.expert",
+    "parallel.shard",
     "train.keep_checkpoints",
     "parallel.collective_timeout_s",
     "tracking.uri",

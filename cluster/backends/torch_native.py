@@ -1,6 +1,6 @@
 """CPU (gloo) and CUDA (NCCL) through torch's own device and process groups."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from functools import cached_property
 
@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from cluster.backends.collectives import Collectives, Group
 from cluster.backends.gradients import PlacedModel
+from cluster.backends.sharded import ShardedModel
 from cluster.topology import Mesh
 
 
@@ -19,6 +20,7 @@ class _TorchBackend:
     """The common part: one process group if one was started, none otherwise."""
 
     device: torch.device
+    fused_updates = True
 
     def __init__(self, expert: int, timeout_s: float) -> None:
         distributed = dist.is_initialized()
@@ -38,14 +40,23 @@ class _TorchBackend:
         """Bytes handed to all-to-alls so far."""
         return self._collectives.sent_bytes
 
-    def place(self, model: nn.Module, experts: Collection[str]) -> PlacedModel:
-        return PlacedModel(
-            model.to(self.device),
-            experts,
-            self._collectives,
-            everyone=self._everyone,
-            replicas=self._column,
-        )
+    def place(
+        self, model: nn.Module, experts: Collection[str], blocks: Collection[nn.Module] = ()
+    ) -> PlacedModel | ShardedModel:
+        model = model.to(self.device)
+        groups = {"everyone": self._everyone, "replicas": self._column}
+        if blocks and not self._everyone.alone:
+            return ShardedModel(model, experts, blocks, self._collectives, **groups)
+        return PlacedModel(model, experts, self._collectives, **groups)
+
+    def put(self, images: Tensor) -> Tensor:
+        return images.to(self.device, non_blocking=True)
+
+    def seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def submit(self) -> None:
+        """Operations start when they are called."""
 
     def take_part(self, index: int, of: int) -> None:
         self.parts, self._part = self.world * of, self.rank * of + index
@@ -74,6 +85,15 @@ class _TorchBackend:
         y_ReQd = y_eRQd.transpose(0, 1).contiguous()
         arrive = self._collectives.start_all_to_all(y_ReQd, self._row, f"all-to-all of {where}")
         return lambda: arrive().view(-1, num_slots // self.expert_ranks, dim)
+
+    def send_rows(
+        self, rows: Tensor, sent: Sequence[int], come: Sequence[int], where: str
+    ) -> Callable[[], Tensor]:
+        if self._row.alone:
+            return lambda: rows
+        return self._collectives.start_all_to_all(
+            rows, self._row, f"all-to-all of {where}", sizes=(sent, come)
+        )
 
     def stacked(self, local: Tensor) -> Tensor:
         if self.world == 1:
