@@ -29,11 +29,15 @@ format: $(VENV)/.installed-check
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# After changing pyproject.toml, in an environment that has what should be pinned.
-constraints: $(VENV)/.installed-check
-	@{ echo "# Exact versions that make installs; made by \`make constraints\`."; \
-	   $(BIN)/pip freeze --exclude-editable | sed 's/+cpu//'; } > constraints.txt.new
+# After changing pyproject.toml, in environments that have what should be pinned.
+constraints: $(VENV)/.installed-check $(XLA)/.installed
+	$(call freeze,$(BIN),make installs) > constraints.txt.new
+	$(call freeze,$(XLA)/bin,`make test-xla` installs) > constraints-xla.txt.new
 	mv constraints.txt.new constraints.txt
+	mv constraints-xla.txt.new constraints-xla.txt
+
+freeze = { echo '\# Exact versions that $(2); made by `make constraints`.'; \
+	$(1)/pip freeze --exclude-editable | sed 's/+c.*//'; }
 
 clean:
 	rm -rf $(VENV) $(XLA) demo runs build *.egg-info

@@ -40,8 +40,8 @@ class Workers:
 
     count: int
     device: Literal["cpu", "cuda", "xla"]
+    collective_timeout_s: int
     cpus: int = 1
-    collective_timeout_s: int = 300
     accelerator_type: str = ""
     topology: str = ""
 

@@ -64,9 +64,10 @@ class Mesh:
             LaunchError: The columns do not share out the experts evenly.
         """
         if num_experts % self.expert:
+            fitting = ", ".join(str(n) for n in range(1, num_experts + 1) if num_experts % n == 0)
             raise LaunchError(
                 f"{num_experts} experts cannot be spread evenly over {self.expert} ranks; set "
-                f"parallel.expert to a divisor of model.experts.num_experts"
+                f"parallel.expert to one of {fitting}"
             )
         each = num_experts // self.expert
         first = self.place(rank)[1] * each

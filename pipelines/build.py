@@ -48,7 +48,8 @@ def _check_groups(config: RunConfig, backend: Backend) -> None:
         raise RunError(
             f"model.experts.group_images must divide the {at_once} images that each of {devices} "
             f"devices computes at once, got {experts.group_images}; set it to a divisor, or "
-            f"train.batch_size to a multiple of {devices * experts.group_images}"
+            f"train.batch_size to a multiple of "
+            f"{devices * config.train.microbatches * experts.group_images}"
         )
 
 

@@ -112,6 +112,7 @@ class Checkpoints:
         """Rank 0 looks and the others take its word: a shared disk may show them other files."""
         found = newest_checkpoint(self._folder.parent) if self._backend.rank == 0 else None
         step = step_of(found) if found else -1
+        self._backend.barrier("looking for a checkpoint")  # whose files rank 0 has read through
         mine = torch.tensor(step if self._backend.rank == 0 else 0, device=self._backend.device)
         return int(self._backend.sum_over_ranks(mine, "agreeing on a checkpoint"))
 

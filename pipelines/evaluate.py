@@ -63,7 +63,7 @@ def score(
         sums += _counted(model, compute, batch.moved(backend.put), budgets)
         backend.submit()
     model.train(training)
-    totals = backend.sum_over_ranks(sums, "adding up an evaluation").tolist()
+    totals = backend.sum_over_images(sums, "adding up an evaluation").tolist()
     return {
         budget: Score(accuracy=right / count, loss=loss / count, samples=int(count))
         for budget, (right, loss, count) in zip(budgets, totals, strict=True)

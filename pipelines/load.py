@@ -89,7 +89,8 @@ def alerts(table: LoadTable, *, drop_rate: float = DROP_ALERT) -> list[str]:
     if high:
         told.append(
             f"step {table.step}: experts are too full and drop choices, {', '.join(high)} (more "
-            f"than {drop_rate:.0%}); raise experts.capacity_ratio or experts.load_weight"
+            f"than {drop_rate:.0%}); raise model.experts.capacity_ratio or "
+            f"model.experts.load_weight"
         )
     dead: dict[int, list[str]] = {}
     for at, expert in dead_experts(table.sums_LWEF):
@@ -98,7 +99,7 @@ def alerts(table: LoadTable, *, drop_rate: float = DROP_ALERT) -> list[str]:
         where = "; ".join(f"block {layer}: {', '.join(names)}" for layer, names in dead.items())
         told.append(
             f"step {table.step}: experts that get hardly any token: {where}; raise "
-            f"experts.importance_weight and experts.load_weight"
+            f"model.experts.importance_weight and model.experts.load_weight"
         )
     return told
 

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -216,7 +217,10 @@ def _spawn(
                 told = done
     except (ProcessRaisedException, ProcessExitedException) as error:
         last = str(error).strip().splitlines()[-1]
-        raise RunFailedError(f"one of {world} processes failed: {last}") from error
+        raise RunFailedError(
+            f"one of {world} processes failed: {last}; free memory and run it again, or with fewer "
+            f"processes (--worlds)"
+        ) from error
     tell(total, total)
 
 
@@ -230,7 +234,7 @@ def _refer_rank(_rank: int, world: int, scratch: Path, chosen: Sequence[Case]) -
 
 def _compare_rank(rank: int, world: int, scratch: Path, chosen: Sequence[Case]) -> None:
     """One of many processes computes its part of all cases on all meshes, and compares it."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     dist.init_process_group(
         "gloo",
         init_method=f"file://{scratch / f'meeting-{world}'}",

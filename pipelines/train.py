@@ -8,8 +8,8 @@ Losses stay on the device; the host looks once per metric row (`_training_row`).
 
 import math
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple, Protocol
@@ -107,8 +107,8 @@ def train(run: Run) -> Outcome:
             if last or step % plan.log_every == 0:
                 stop = _report(run, window.row(step))
             if last or step % plan.eval_every == 0:
-                _report(run, _validation_row(run, step))
-                window.restart_clock()
+                with window.paused():
+                    _report(run, _validation_row(run, step))
             if last or stop or step % plan.checkpoint_every == 0:
                 run.checkpoints.save(step, run.core, run.optimizer, position)
     return Outcome.FINISHED if step == plan.steps else Outcome.STOPPED
@@ -176,13 +176,14 @@ class _Window:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._restart()
-        self.restart_clock()
 
     def _restart(self) -> None:
         # Moved and not made there: nothing that waits to become part of the next step's program.
         self._sums = torch.zeros(2).to(self._run.backend.device)
         self._load: Tensor | None = None
         self._steps = 0
+        self._since = time.perf_counter()
+        self._sent_before = self._run.backend.sent_bytes
 
     def add(self, measured: Measured) -> None:
         """Count one step."""
@@ -222,7 +223,6 @@ class _Window:
             load=load,
         )
         self._restart()
-        self.restart_clock()
         return row
 
     def _of_experts(self, load: LoadTable | None) -> dict[str, float]:
@@ -240,13 +240,18 @@ class _Window:
             step=step,
             layers=model.experts.layers(model.depth),
             dims=model.dims,
-            sums_LWEF=self._run.backend.sum_over_ranks(self._load, "adding up loads").cpu(),
+            sums_LWEF=self._run.backend.sum_over_images(self._load, "adding up loads").cpu(),
         )
 
-    def restart_clock(self) -> None:
-        """Do not count what came between as time or traffic of training."""
-        self._since = time.perf_counter()
-        self._sent_before = self._run.backend.sent_bytes
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count what happens meanwhile as time or traffic of training."""
+        backend = self._run.backend
+        backend.synchronize()
+        since, sent = time.perf_counter(), backend.sent_bytes
+        yield
+        self._since += time.perf_counter() - since
+        self._sent_before += backend.sent_bytes - sent
 
 
 def _alpha(model: ViT) -> dict[str, float]:

@@ -35,6 +35,7 @@ def train_worker(argument: dict[str, Any]) -> None:
     # Workers of a killed driver may live on for moments, and write: they are waited for.
     lock = alone(config.out / LOCK, f"training of {config.out}", wait_s=LOCK_SECONDS)
     with lock if backend.rank == 0 else nullcontext():
+        backend.barrier("waiting for earlier workers of the run")
         outcome = train(build_run(config, backend, MailboxReporter(config.out, mailbox)))
     if backend.rank == 0:
         mailbox.put(outcome)

@@ -71,7 +71,7 @@ class Backend(Protocol):
     def place(
         self, model: nn.Module, experts: Collection[str], blocks: Collection[nn.Module] = ()
     ) -> Placed:
-        """Move a model to the device, with rank 0's weights on all ranks.
+        """Move a model to the device, with the same weights on all ranks that hold them.
 
         Args:
             model: This rank's part of it.
@@ -131,12 +131,16 @@ class Backend(Protocol):
         """
         ...
 
+    def sum_over_images(self, values: Tensor, what: str) -> Tensor:
+        """The sum over all ranks' images of what was computed from those that this rank sees."""
+        ...
+
     def sum_over_experts(self, values: Tensor, what: str) -> Tensor:
         """The same over the ranks that share out the experts among them."""
         ...
 
     def barrier(self, what: str) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank is here, patiently: others may be reading or writing files."""
         ...
 
     def synchronize(self) -> None:

@@ -6,9 +6,10 @@ waits for a number.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -106,14 +107,24 @@ class Collectives:
         with self._named(what):
             work.wait()
 
-    @contextmanager
-    def _named(self, what: str) -> Iterator[None]:
-        """Torch reports a lost or late rank as some RuntimeError of its transport."""
-        try:
-            yield
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CollectiveError(
-                f"rank {self._rank}: {what} did not complete; another rank failed, hangs or is "
-                f"slower than parallel.collective_timeout_s allows ({reason})"
-            ) from error
+    def _named(self, what: str) -> AbstractContextManager[None]:
+        return named_failure(self._rank, what)
+
+
+@contextmanager
+def named_failure(rank: int, what: str) -> Iterator[None]:
+    """Say who was at what when other ranks were lost.
+
+    Torch reports a lost or late rank as some RuntimeError of its transport; what this rank's own
+    device reports stays what it is.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CollectiveError(
+            f"rank {rank}: {what} did not complete; another rank failed, hangs or is slower than "
+            f"parallel.collective_timeout_s allows ({reason})"
+        ) from error

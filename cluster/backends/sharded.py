@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from cluster.backends.collectives import Collectives, Group
-from cluster.backends.gradients import PlacedModel
+from cluster.backends.collectives import Collectives, Group, named_failure
+from cluster.backends.gradients import Gradients
 
 # Newer torch warns of the older names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -54,13 +54,7 @@ class ShardedModel:
         for name, parameter in named.items():
             if name not in whole:
                 collectives.broadcast(parameter.detach(), everyone, "sharing the first weights")
-        self._whole = PlacedModel(
-            nn.ParameterList(whole.values()),
-            {str(index) for index, name in enumerate(whole) if name in experts},
-            collectives,
-            everyone=everyone,
-            replicas=replicas,
-        )
+        self._whole = Gradients(whole, experts, collectives, everyone=everyone, replicas=replicas)
         self._model, self._root = model, _split(model, blocks, set(whole.values()), everyone)
         self._parts = [p for p in model.parameters() if isinstance(p, DTensor)]
         # A write into a view that a block returns would lose gradients, and nobody writes.
@@ -75,7 +69,7 @@ class ShardedModel:
         for part in self._parts:
             part.grad = None
         self._root.set_requires_gradient_sync(False)
-        self._whole.zero_gradients()
+        self._whole.zero()
 
     def last_backward(self) -> None:
         """Let the next backward pass add up over ranks what it finishes."""
@@ -84,7 +78,7 @@ class ShardedModel:
 
     def finish_gradients(self) -> None:
         """Wait for all; what no backward pass reached is zero, as it is to the other placing."""
-        self._whole.finish_gradients()
+        self._whole.finish()
         for part in self._parts:
             if part.requires_grad and part.grad is None:
                 part.grad = torch.zeros_like(part)
@@ -110,7 +104,7 @@ def _split(
     return part
 
 
-class _Exchange(Collectives):
+class _Exchange:
     """What torch asks of an exchange, with an error that says who was at what.
 
     Torch calls it without looking at its class, and keeps the classes to derive from private.
@@ -120,7 +114,6 @@ class _Exchange(Collectives):
     """
 
     def __init__(self, what: str) -> None:
-        super().__init__(dist.get_rank())
         self._what = what
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -138,7 +131,7 @@ class _Gather(_Exchange):
         group: dist.ProcessGroup,
         async_op: bool = False,
     ) -> dist.Work | None:
-        with self._named(self._what):
+        with named_failure(dist.get_rank(), self._what):
             work: dist.Work | None = _all_gather(output_tensor, input_tensor, group, async_op)
         return work
 
@@ -154,6 +147,6 @@ class _AddUp(_Exchange):
         op: dist.ReduceOp.RedOpType,
         async_op: bool = False,
     ) -> dist.Work | None:
-        with self._named(self._what):
+        with named_failure(dist.get_rank(), self._what):
             work: dist.Work | None = _add_up(output_tensor, input_tensor, op, group, async_op)
         return work

@@ -15,6 +15,8 @@ from cluster.backends.gradients import PlacedModel
 from cluster.backends.sharded import ShardedModel
 from cluster.topology import Mesh
 
+PATIENCE_S = 1800.0  # that ranks wait at a barrier for one that writes or checks large files
+
 
 class _TorchBackend:
     """The common part: one process group if one was started, none otherwise."""
@@ -34,6 +36,7 @@ class _TorchBackend:
         rows = [self.mesh.row(rank) for rank in range(0, self.world, expert)]
         self._row = self._group(rows, timeout_s)
         self._column = self._group([self.mesh.column(rank) for rank in range(expert)], timeout_s)
+        self._patient = self._group([self._everyone.ranks], PATIENCE_S, "gloo")
 
     @property
     def sent_bytes(self) -> int:
@@ -105,19 +108,26 @@ class _TorchBackend:
     def sum_over_ranks(self, values: Tensor, what: str) -> Tensor:
         return self._collectives.sum(values, self._everyone, what)
 
+    def sum_over_images(self, values: Tensor, what: str) -> Tensor:
+        return self.sum_over_ranks(values, what)
+
     def sum_over_experts(self, values: Tensor, what: str) -> Tensor:
         return self._collectives.sum(values, self._row, what)
 
     def barrier(self, what: str) -> None:
-        self._collectives.barrier(self._everyone, what)
+        self._collectives.barrier(self._patient, what)
 
-    def _group(self, ranks: list[tuple[int, ...]], timeout_s: float) -> Group:
+    def _group(
+        self, ranks: list[tuple[int, ...]], timeout_s: float, transport: str | None = None
+    ) -> Group:
         """This rank's one of several groups that share out all ranks."""
         mine = next(each for each in ranks if self.rank in each)
         if len(mine) == 1:
             return Group(mine, None)
         handle, _ = dist.new_subgroups_by_enumeration(  # type: ignore[no-untyped-call]
-            [list(each) for each in ranks], timeout=timedelta(seconds=timeout_s)
+            [list(each) for each in ranks],
+            timeout=timedelta(seconds=timeout_s),
+            backend=transport,
         )
         return Group(mine, handle)
 

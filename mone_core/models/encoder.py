@@ -82,9 +82,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config, self.num_patches = config, num_patches
         nesting = config.nesting
-        self.blocks = nn.ModuleList(
-            _block(config, layer, num_patches) for layer in range(config.depth)
-        )
+        blocks = nn.ModuleList(_block(config, layer, num_patches) for layer in range(config.depth))
         routers = len(nesting.router_layers) if nesting.learned else 0
         self.routers = nn.ModuleList(
             Router(config.dim, len(nesting.widths)) for _ in range(routers)
@@ -96,6 +94,9 @@ class Encoder(nn.Module):
         gated = config.depth - nesting.router_layers[0] if nesting.learned else 0
         alphas = min(1, gated) if nesting.alpha == "model" else gated
         self.alphas = nn.ModuleList(BoundedScale() for _ in range(alphas))
+        # Last: parameters lie in the order in which a pass first uses them, and ranks add up
+        # gradients in the other.
+        self.blocks = blocks
         self.ranks: Ranks = ALONE
         self.set_effective_capacity(nesting.effective_capacity)
 

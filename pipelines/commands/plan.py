@@ -47,7 +47,7 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     return 0
 
 
-def show_plan(terminal: Terminal, plan: Plan, own: Mesh) -> None:
+def show_plan(terminal: Terminal, plan: Plan, own: Mesh | None) -> None:
     """Three tables of the meshes that fit, best first; then the others, and what it all rests on.
 
     Args:
@@ -68,12 +68,14 @@ def show_plan(terminal: Terminal, plan: Plan, own: Mesh) -> None:
     terminal.say(f"{len(plan.fitting)} of {len(plan.fitting) + len(plan.refused)} meshes; {best}")
 
 
-def _name(mesh: Mesh, own: Mesh) -> str:
+def _name(mesh: Mesh, own: Mesh | None) -> str:
     return f"{mesh.data} x {mesh.expert}" + (" *" if mesh == own else "")
 
 
-def _own_mesh(config: RunConfig) -> Mesh:
-    return Mesh.of(config.parallel.num_workers, config.parallel.expert)
+def _own_mesh(config: RunConfig) -> Mesh | None:
+    """The recipe's table of ranks; of XLA devices its workers do not tell it."""
+    parallel = config.parallel
+    return None if parallel.device == "xla" else Mesh.of(parallel.num_workers, parallel.expert)
 
 
 def _time(each: Estimate) -> tuple[str, ...]:

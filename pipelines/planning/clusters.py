@@ -136,7 +136,7 @@ def load_cluster(name: str) -> Cluster:
     path = Path(name)
     if not path.is_file():
         path = FOLDER / f"{name.removesuffix('.yaml')}.yaml"
-    if path.stem not in cluster_names() and not path.is_file():
+    if not path.is_file():
         raise UsageError(
             unknown_name(
                 "cluster",

@@ -114,7 +114,7 @@ def estimate(
             means over budgets.
 
     Raises:
-        CapacityError: A budget is out of reach.
+        CapacityError: A budget is out of reach, or experts are dropless: slots are counted here.
         UsageError: The model takes clips.
     """
     images = batch // mesh.world

@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cluster.backends.gradients import BUCKET_BYTES
 from cluster.topology import Mesh
 from pipelines.planning.clusters import Cluster
 
 GRADIENT_BYTES = 4  # of a parameter: gradients are float32
-_BUCKET = 25 * 2**20  # bytes of gradients that torch's DDP sums at once
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,5 +107,5 @@ def _all_reduce_seconds(buffer: float, ranks: Sequence[int], cluster: Cluster) -
     fast = 2 * (together - 1) / together * buffer / numbers.fast_bytes_per_second
     slow = 2 * (apart - 1) / apart * buffer / together / numbers.slow_bytes_per_second
     latency = numbers.slow_latency_seconds if apart > 1 else numbers.fast_latency_seconds
-    buckets = -(-int(buffer) // _BUCKET)
+    buckets = -(-int(buffer) // BUCKET_BYTES)
     return buckets * latency + max(fast, slow) / numbers.reduction_share

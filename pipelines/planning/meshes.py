@@ -152,6 +152,7 @@ def _assumptions(
     )
     return [
         f"{model.family}; {at}; every rank has the same load",
+        "train.microbatches 1 and parallel.shard false, whatever the recipe has",
         f"products: {_percent(n.product_share)} of {n.flops_per_second / 1e12:g} TFLOP/s in "
         f"{cluster.dtype}, attention's core half of that; or memory, where it is slower",
         f"memory traffic: {_percent(n.traffic_share)} of "

@@ -1,6 +1,7 @@
 """What every backend promises training, with one process and with two."""
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from cluster.backends import get_backend, gradients
-from cluster.backends.collectives import Collectives, Group
+from cluster.backends.collectives import Collectives, Group, named_failure
 from cluster.backends.gradients import PlacedModel
 from cluster.backends.torch_native import CpuBackend
 from cluster.errors import LaunchError
@@ -26,6 +27,19 @@ def _threads():
 
 
 # One process.
+
+
+@pytest.mark.skipif(find_spec("torch_xla") is not None, reason="torch_xla is installed here")
+def test_xla_without_torch_xla_is_refused_with_what_to_install():
+    with pytest.raises(
+        LaunchError, match=r"device xla needs torch_xla, .* install 'mone\[tpu\]' in an environment"
+    ):
+        get_backend("xla")
+
+
+def test_a_failure_of_this_ranks_own_device_is_not_blamed_on_others():
+    with pytest.raises(torch.OutOfMemoryError, match="mine"), named_failure(0, "a sum"):
+        raise torch.OutOfMemoryError("mine")
 
 
 def test_without_a_process_group_there_is_one_rank():
@@ -135,7 +149,13 @@ def test_gradients_lie_in_buckets_of_one_dtype_and_limited_size(monkeypatch):
         (4, torch.float32),  # 0, an expert
     ]
     assert [what for what, *_ in heard.sums] == [
-        f"adding up gradients, bucket {index}" for index in range(4)
+        f"adding up the gradients from {first}.weight to {last}.weight"
+        for first, last in (
+            ("idle", "layers.3"),
+            ("layers.2", "layers.2"),
+            ("layers.1", "layers.1"),
+            ("layers.0", "layers.0"),
+        )
     ]
     assert model.frozen.weight.grad is None
     storage = model.idle.weight.grad.untyped_storage().data_ptr()
@@ -174,15 +194,18 @@ def test_buckets_leave_in_one_order_whatever_the_backward_pass_finishes_first(or
     chain.finish_gradients()
 
     assert [what for what, *_ in heard.sums] == [
-        f"adding up gradients, bucket {index}" for index in range(4)
+        f"adding up the gradients from layers.{index}.weight to layers.{index}.weight"
+        for index in (3, 2, 1, 0)
     ]
 
 
-def test_a_bucket_leaves_while_the_backward_pass_is_still_running(monkeypatch):
+@pytest.mark.parametrize("experts", [(), ("layers.2.weight",), ("layers.0.weight",)])
+def test_a_bucket_leaves_while_the_backward_pass_is_still_running(experts, monkeypatch):
+    """Of an expert too, though other ranks add it up: it waits for no later layer."""
     monkeypatch.setattr(gradients, "BUCKET_BYTES", 1)
     heard, model = Heard(), Chain()
     del model.idle
-    chain = placed(model, heard)
+    chain = placed(model, heard, experts)
     sent_before = []
     for layer in model.layers:
         layer.weight.register_hook(lambda _: sent_before.append(len(heard.sums)))

@@ -71,7 +71,7 @@ def a_rank_that_is_gone(model, backend):
 SCENES = {
     a_layer_forward: r"all-to-all of encoder\.blocks\.0\.mlp, width 16, inputs",
     a_layer_backward: r"all-to-all of encoder\.blocks\.1\.mlp, width 16, gradients of outputs",
-    gradients: r"adding up gradients, bucket 0",
+    gradients: r"adding up the gradients from \S+ to \S+",
     a_sum_over_experts: r"the gradient norm of the experts",
     a_barrier: r"writing the first checkpoint",
     a_rank_that_is_gone: r"adding up a metric row",

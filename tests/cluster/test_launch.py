@@ -19,7 +19,7 @@ from cluster.session import ray_session
 # The processes cannot import a test file: they get its functions by value.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-TWO = Workers(count=2, device="cpu")
+TWO = Workers(count=2, device="cpu", collective_timeout_s=60)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -114,11 +114,13 @@ def test_more_workers_than_the_cluster_has_cpus_are_refused_at_once(tmp_path):
     with pytest.raises(
         LaunchError, match=r"3 workers of 1 CPU need 3 CPUs, but the cluster has 2; set parallel"
     ):
-        run(introduce, tmp_path, workers=Workers(count=3, device="cpu"))
+        run(introduce, tmp_path, workers=Workers(count=3, device="cpu", collective_timeout_s=60))
 
 
 def test_tpu_workers_without_a_slice_are_refused_at_once(tmp_path):
-    host = Workers(count=2, device="xla", accelerator_type="v4-16", topology="2x2x2")
+    host = Workers(
+        count=2, device="xla", collective_timeout_s=60, accelerator_type="v4-16", topology="2x2x2"
+    )
 
     with pytest.raises(LaunchError, match=r"has no TPU slice of kind v4-16, it has no TPU"):
         run(introduce, tmp_path, workers=host)
@@ -126,4 +128,4 @@ def test_tpu_workers_without_a_slice_are_refused_at_once(tmp_path):
 
 def test_cuda_workers_without_gpus_are_refused_at_once(tmp_path):
     with pytest.raises(LaunchError, match=r"2 cuda workers need 2 GPUs, but the cluster has 0"):
-        run(introduce, tmp_path, workers=Workers(count=2, device="cuda"))
+        run(introduce, tmp_path, workers=Workers(count=2, device="cuda", collective_timeout_s=60))

@@ -130,7 +130,7 @@ def test_an_alert_names_the_layers_that_drop_more_than_they_may():
 
     assert first == (
         "step 8: experts are too full and drop choices, 34% in block 1 (more than 30%); raise "
-        "experts.capacity_ratio or experts.load_weight"
+        "model.experts.capacity_ratio or model.experts.load_weight"
     )
     assert not any("drop" in line for line in alerts(full, drop_rate=0.35))
 
@@ -140,5 +140,5 @@ def test_an_alert_names_every_dead_expert_by_block():
 
     assert line == (
         "step 8: experts that get hardly any token: block 1: 0, 2; raise "
-        "experts.importance_weight and experts.load_weight"
+        "model.experts.importance_weight and model.experts.load_weight"
     )

@@ -180,6 +180,7 @@ def test_what_is_no_yaml_is_refused_in_one_line(content, plan, tmp_path):
         ("", "plan: the following arguments are required: recipe, --cluster; see `mone plan --he"),
         ("digits --cluster h100x46", "no cluster called 'h100x46'; did you mean 'h100x64'"),
         ("digits --cluster no/file.yaml", "no cluster called 'no/file.yaml'; nothing similar"),
+        ("digits --cluster no/h100x64.yaml", "no cluster called 'no/h100x64.yaml'; did you mean"),
         ("digitz --cluster local", "no recipe called 'digitz'; did you mean 'digits'"),
         ("digits --cluster local --train.stepz 5", "no config field called 'train.stepz'; did you"),
         ("digits --cluster local --workers 3", "--workers must be 1 to 2, the devices of local, g"),

@@ -7,10 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cluster.backends.torch_native import CpuBackend
+from cluster.topology import Mesh
 from mone_core.gemm import chosen_gemm, has_onednn, use_gemm
 from mone_core.losses import softmax_loss
 from mone_core.models import DENSE, ExpertsConfig, NestingConfig, SkippingConfig
 from pipelines.data.batch import model_input
+from pipelines.errors import RunError
 from pipelines.run_report import evaluate_run
 from pipelines.train import Outcome, noise_seed
 from tests.pipelines import tiny
@@ -20,6 +23,7 @@ EXPERTS = ExpertsConfig(placement="every", num_experts=4, group_images=4)
 CONSTANT = NestingConfig(assignment="constant", effective_capacity=1.0)
 FAMILIES = {
     "V-MoE": {"nesting": DENSE, "experts": EXPERTS, "pool": "cls"},
+    "dropless": {"nesting": DENSE, "experts": replace(EXPERTS, dropless=True)},
     "nested sparse": {"experts": EXPERTS},
     "random router": {"nesting": NestingConfig(assignment="random")},
     "Mixture-of-Depths": {"nesting": DENSE, "skipping": SkippingConfig(every=2, capacity=0.25)},
@@ -146,3 +150,46 @@ def test_a_random_router_is_evaluated_the_same_twice(data, tmp_path):
     first, second = (evaluate_run(config.out, (0.3,)) for _ in range(2))
 
     assert first.settings[0].loss == second.settings[0].loss
+
+
+class CountingBackend(CpuBackend):
+    """One process that counts what a model gives to exchanges, though nothing has to travel."""
+
+    def __init__(self):
+        super().__init__(1, 1, 60)
+        self.counted = 0
+
+    @property
+    def sent_bytes(self):
+        return self.counted
+
+    def to_experts(self, x_EQd, where):
+        self.counted += x_EQd.nbytes
+        return super().to_experts(x_EQd, where)
+
+
+def test_bytes_of_a_row_are_those_of_its_training_steps_wherever_evaluations_fall(data, tmp_path):
+    config = config_of("V-MoE", data, tmp_path / "run", steps=12)
+    plan = replace(config.train, log_every=4, eval_every=3, checkpoint_every=4)
+    reporter = MemoryReporter()
+
+    tiny.train_here(replace(config, train=plan), reporter, CountingBackend())
+
+    sent = [row.values["moe/all_to_all_bytes"] for row in reporter.rows if "loss" in row.values]
+    assert len(sent) == 3
+    assert sent[0] > 0
+    assert len(set(sent)) == 1
+
+
+def test_images_routed_together_must_lie_on_one_device(data, tmp_path):
+    """A worker of XLA drives several: their number is known only where it runs."""
+    config = config_of("V-MoE", data, tmp_path / "run", steps=4)
+    backend = CountingBackend()
+    backend.mesh = Mesh(data=8, expert=1)
+
+    with pytest.raises(
+        RunError,
+        match=r"group_images must divide the 1 images that each of 8 devices computes at once, "
+        r"got 4; set it to a divisor, or train\.batch_size to a multiple of 32$",
+    ):
+        tiny.build_here(config, MemoryReporter(), backend)
