@@ -175,7 +175,7 @@ class ParallelConfig:
         threads: Torch threads per worker on CPU.
         gemm: What computes float32 products on CPU, see `mone_core.gemm`; part of the run, since
             another choice rounds otherwise. `mone_core.gemm.fastest_gemm()` measures which suits.
-        collective_timeout_s: Seconds that a worker waits for the others before it fails.
+        collective_timeout_s: Seconds that a worker waits for the others in a step before it fails.
     """
 
     num_workers: int = 1

@@ -56,10 +56,10 @@ def test_every_mesh_is_listed_best_first_with_its_assumptions(plan):
         assert all(f"│ {name} │" in table for name in ("16 x 1", " 8 x 2", " 4 x 4", " 2 x 8"))
     assert "experts not divisible: 8 over 16 ranks" in out
     assumed = [line for line in out.splitlines() if line.startswith("assumed: ")]
-    assert len(assumed) == 7
+    assert len(assumed) == 8
     assert "10 effective capacities from 0.15 to 1, one a step" in assumed[0]
-    assert "60 % of 989 TFLOP/s in bfloat16" in assumed[1]
-    assert "width classes travel while others are computed" in assumed[4]
+    assert "60 % of 989 TFLOP/s in bfloat16" in assumed[2]
+    assert "width classes travel while others are computed" in assumed[5]
     assert out.splitlines()[-1].startswith("4 of 5 meshes; best: ")
 
 
