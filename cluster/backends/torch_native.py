@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from cluster.backends.collectives import Collectives, Group
+from cluster.backends.collectives import Collectives, Group, named_failure
 from cluster.backends.gradients import PlacedModel
 from cluster.backends.sharded import ShardedModel
 from cluster.topology import Mesh
@@ -124,11 +124,12 @@ class _TorchBackend:
         mine = next(each for each in ranks if self.rank in each)
         if len(mine) == 1:
             return Group(mine, None)
-        handle, _ = dist.new_subgroups_by_enumeration(  # type: ignore[no-untyped-call]
-            [list(each) for each in ranks],
-            timeout=timedelta(seconds=timeout_s),
-            backend=transport,
-        )
+        with named_failure(self.rank, "forming groups of ranks"):
+            handle, _ = dist.new_subgroups_by_enumeration(  # type: ignore[no-untyped-call]
+                [list(each) for each in ranks],
+                timeout=timedelta(seconds=timeout_s),
+                backend=transport,
+            )
         return Group(mine, handle)
 
     @cached_property

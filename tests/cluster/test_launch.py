@@ -41,13 +41,14 @@ def fail_on_rank_one(argument):
 
 def fail_on_rank_one_while_rank_zero_waits(argument):
     fail_on_rank_one(argument)
-    get_backend("cpu").barrier("waiting for rank 1")
+    get_backend("cpu").sum_over_ranks(torch.ones(1), "waiting for rank 1")
 
 
 def hang_on_rank_one(argument):
-    if dist.get_rank() == 1:
+    backend = get_backend("cpu")
+    if backend.rank == 1:
         time.sleep(600)
-    get_backend("cpu").barrier("waiting for rank 1")
+    backend.sum_over_ranks(torch.ones(1), "waiting for rank 1")
 
 
 def count_until_stopped(argument):
