@@ -205,6 +205,7 @@ def assert_nothing_is_reserved():
     wait_until(lambda: {each["state"] for each in placement_group_table().values()} == {"REMOVED"})
 
 
+@pytest.mark.slow
 def test_a_slice_gets_one_process_a_host_with_the_ranks_of_the_tpu(slices, tmp_path, monkeypatch):
     number_hosts_by(NumberedAgainstRay, monkeypatch)
     check_slices(ONE)

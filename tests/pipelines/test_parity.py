@@ -388,7 +388,9 @@ def test_a_result_that_is_no_number_is_a_finding_like_others(scratch, tmp_path):
 
 
 def test_a_process_that_fails_is_named(tmp_path):
-    with pytest.raises(RunFailedError, match=r"^one of 1 processes failed: KeyError: 'full moon'$"):
+    with pytest.raises(
+        RunFailedError, match=r"^one of 1 processes failed: KeyError: 'full moon'; free"
+    ):
         parity.refer(tmp_path, [Case("top-1", "full moon", drops=True)])
 
 

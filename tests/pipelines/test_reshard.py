@@ -135,7 +135,12 @@ def test_one_process_without_ranks_reads_all_experts(saved):
 
 @pytest.mark.parametrize(
     ("rows", "columns"),
-    [(1, 1), (2, 1), (2, 2), pytest.param(4, 2, marks=pytest.mark.slow)],
+    [
+        (1, 1),
+        (2, 1),
+        pytest.param(2, 2, marks=pytest.mark.slow),
+        pytest.param(4, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_any_mesh_goes_on_from_the_same_bits_with_the_same_losses(saved, tmp_path, rows, columns):
     config, _, whole, unbroken = saved
