@@ -14,6 +14,7 @@ def digits_vmoe() -> RunConfig:
     Source: our own setting, in the manner of arXiv 2106.05974 (Every-2).
     Command: `mone train --recipe digits_vmoe --parallel.expert 2` spreads the experts over the
     two workers; without the flag each has all of them. Both train the same model.
+    Not yet trained to its end: no number is claimed.
     """
     return _sparse("digits_vmoe", nested=False)
 
@@ -23,6 +24,7 @@ def digits_nested_vmoe() -> RunConfig:
 
     Source: our own setting; `digits_vmoe` and `digits` at once.
     Command: `mone train --recipe digits_nested_vmoe --parallel.expert 2`.
+    Not yet trained to its end: no number is claimed.
     """
     return _sparse("digits_nested_vmoe", nested=True)
 
