@@ -47,6 +47,19 @@ def step_of_one(layer, rank, operands, layout):
     return step(layer, residual, x, gate, seed.detach(), layout, rank.parts)
 
 
+def infer_on(table, layer, operands, layout, without):
+    """Outputs for all images, computed by a table's ranks under `without` gradients."""
+
+    def infer(rank):
+        mine = copy.deepcopy(layer)
+        mine.spread(rank, "layer 3")
+        with without():
+            residual, x, gate = (each.chunk(rank.parts, dim=1)[rank.rank] for each in operands[:3])
+            return mine(residual, x, layout, gate)[0]
+
+    return torch.cat(table.run(infer), dim=1)
+
+
 def whole_gradient(name, grads, columns):
     """What all ranks' gradients of one name come to, ranks in order."""
     if name in ("residual", "x", "gate"):

@@ -26,6 +26,7 @@ from tests.mone_core.rank_steps import (
     assert_close,
     favouring,
     images_of_all,
+    infer_on,
     of_images,
     step,
     step_of_one,
@@ -180,14 +181,9 @@ def test_a_pass_without_gradients_sends_half_as_often(without):
     layer, table, batch = random_layer(), Table(1, 2), images_of_all(NESTED)
     expected, _ = layer(*batch[:2], NESTED, batch[2])
 
-    def infer(rank):
-        mine = copy.deepcopy(layer)
-        mine.spread(rank, "layer 3")
-        with without():
-            residual, x, gate = (each.chunk(2, dim=1)[rank.rank] for each in batch[:3])
-            return mine(residual, x, NESTED, gate)[0]
+    out = infer_on(table, layer, batch, NESTED, without)
 
-    assert_close(torch.cat(table.run(infer), dim=1), expected.detach(), "output")
+    assert_close(out, expected.detach(), "output")
     assert [len(rank.handed) for rank in table.ranks] == [2 * len(NESTED.segments)] * 2
 
 
