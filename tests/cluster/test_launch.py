@@ -86,6 +86,7 @@ def test_what_a_process_raises_is_raised_here(tmp_path):
         run(fail_on_rank_one, tmp_path)
 
 
+@pytest.mark.slow
 def test_of_two_that_fail_the_one_that_failed_by_itself_is_raised(tmp_path):
     with pytest.raises(ArithmeticError, match="rank 1 cannot go on"):
         run(fail_on_rank_one_while_rank_zero_waits, tmp_path)

@@ -137,7 +137,7 @@ def test_one_process_without_ranks_reads_all_experts(saved):
     ("rows", "columns"),
     [
         (1, 1),
-        (2, 1),
+        pytest.param(2, 1, marks=pytest.mark.slow),
         pytest.param(2, 2, marks=pytest.mark.slow),
         pytest.param(4, 2, marks=pytest.mark.slow),
     ],

@@ -28,6 +28,8 @@ SPARSE = ExpertsConfig(
     placement="every", spacing=2, num_experts=4, group_images=1, rounding="ceil"
 )  # one layer of two, so that a dense block is there as well
 
+pytestmark = pytest.mark.slow
+
 
 def config_of(data, out, *, expert=1, experts=None, shard=False, **changes):
     """Nested, nested and sparse with `experts`; clipping is at work in every step."""
