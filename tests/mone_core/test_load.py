@@ -145,6 +145,7 @@ def test_layers_of_different_layouts_stand_side_by_side():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("routing", ROUTING)
 def test_the_host_never_waits(routing, layout, depth):
+    """The mode raises at any read of a number on the host, and at shapes that depend on one."""
     tokens, dims = LAYOUTS[layout]
     dispatched = layers_ran(routing, tokens, depth=depth)
 
