@@ -6,7 +6,8 @@ PipelineError             a user's mistake: one line, exit code 2, nothing half-
 |-- ArchiveError          a raw archive that is missing, empty, cut off or mostly bad
 |-- DatasetError          shards or manifest missing, changed or not fitting
 |-- RunError              a run folder, checkpoint or configuration that does not fit
-`-- RegistryError         no such model or alias in the registry
+|-- RegistryError         no such model or alias in the registry
+`-- StorageError          (pipelines.storage) a file or store that cannot be reached or is missing
 RunFailedError                 our failure or the machine's: exit code 1
 ```
 """

@@ -29,8 +29,13 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a dataclass, or any value pydantic knows, as indented JSON, whole or not at all."""
+    write_atomically(path, as_json(value))
+
+
+def as_json(value: Any) -> bytes:
+    """A dataclass, or any value pydantic knows, as indented JSON."""
     plain = TypeAdapter(type(value)).dump_python(value, mode="json")
-    write_atomically(path, (json.dumps(plain, indent=1) + "\n").encode())
+    return (json.dumps(plain, indent=1) + "\n").encode()
 
 
 def read_json(path: Path, kind: type[T], *, otherwise: Callable[[str], Exception]) -> T:
@@ -43,10 +48,19 @@ def read_json(path: Path, kind: type[T], *, otherwise: Callable[[str], Exception
             and what is wrong with it.
     """
     try:
-        return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True)
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise otherwise(f"{path} does not exist") from error
+    return parse_json(content, kind, name=str(path), otherwise=otherwise)
+
+
+def parse_json(
+    content: bytes, kind: type[T], *, name: str, otherwise: Callable[[str], Exception]
+) -> T:
+    """The same from a file's content; `name` is what messages call it."""
+    try:
+        return TypeAdapter(kind).validate_json(content, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise otherwise(f"{path} cannot be read: {where}: {first['msg']}") from error
+        raise otherwise(f"{name} cannot be read: {where}: {first['msg']}") from error

@@ -1,0 +1,211 @@
+"""Whole shards of an object store, kept on a local disk for as long as there is room.
+
+A file of the cache is named after its sha256, which is compared while it is downloaded, so that
+what bears the name is what the manifest means. The processes of a host share a cache: who needs a
+shard that another is downloading waits for it. Shards that were fetched longest ago leave first;
+one that is open or mapped stays readable, and on the disk, until it is closed.
+
+A download goes to a `.part` file, as long as the shard from the start, so that it counts when
+others make room. It belongs to whoever holds the lock of its shard; the system lets go of that
+lock when a process ends, however it ends, and what nobody holds is removed by the next who looks.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+from filelock import FileLock, Timeout
+
+from pipelines.errors import DatasetError
+from pipelines.storage import Place, plain_errors
+
+CHUNK_BYTES = 16 << 20  # of a request to the object store
+WAIT_S = 0.05  # until what others hold is looked at again
+PART = ".part"
+LOCKS = ".locks"
+ROOM = "room"  # the lock of who counts and removes files
+# Other files are never removed, should a folder be given that holds any.
+_OURS = re.compile(r"[0-9a-f]{32}-.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Kept:
+    """A file of the cache: when it was last fetched, nanoseconds, and its bytes."""
+
+    used_ns: int
+    path: Path
+    size: int
+
+    @property
+    def is_part(self) -> bool:
+        return self.path.name.endswith(PART)
+
+
+class ShardCache:
+    """Shards on a local disk, at most so many bytes of them.
+
+    Args:
+        folder: Where they are kept; made if it is not there.
+        limit_bytes: Bytes of all shards together. A disk with less room holds fewer.
+        largest: Bytes of the largest shard that will be asked for.
+
+    Raises:
+        DatasetError: The limit is below the largest shard.
+        StorageError: The folder cannot be made.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int, *, largest: int) -> None:
+        if limit_bytes < largest:
+            raise DatasetError(
+                f"data.read.cache_gib of {limit_bytes / 2**30:.3g} is below the largest shard of "
+                f"{largest / 2**30:.3g} GiB; set it to several times that"
+            )
+        self.folder = folder
+        self.limit_bytes = limit_bytes
+        with plain_errors(Place(str(folder))):
+            (folder / LOCKS).mkdir(parents=True, exist_ok=True)
+            self._remove_abandoned()
+
+    def fetch(self, place: Place, *, size: int, sha256: str) -> Path:
+        """A shard as a file of this machine, downloaded if it is not here yet.
+
+        Other fetches may push the file out before it is opened; fetch it again then.
+
+        Args:
+            place: Where the shard lies.
+            size: Its bytes, as the manifest has them.
+            sha256: Its hash, as the manifest has it.
+
+        Raises:
+            DatasetError: What lies there is another file, or the disk is full.
+            StorageError: The object store cannot be reached, or has no such file.
+        """
+        path = self.folder / f"{sha256[:32]}-{place.name}"
+        if not _touch(path, size):
+            with self._lock(path.name):
+                # While this one waited for the lock, another may have brought the file.
+                if not _touch(path, size):
+                    self._download(place, path, size, sha256)
+        return path
+
+    def _download(self, place: Place, path: Path, size: int, sha256: str) -> None:
+        part = path.with_name(path.name + PART)
+        try:
+            while not self._reserve(part, place, size):
+                time.sleep(WAIT_S)
+            found = self._copy(place, part, size)
+            if found != sha256:
+                raise _other_file(place, f"its sha256 is {found}, not {sha256}")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _reserve(self, part: Path, place: Place, size: int) -> bool:
+        """Make room for a shard and take it; False: others are downloading to all of it."""
+        with self._lock(ROOM):
+            part.unlink(missing_ok=True)
+            self._remove_abandoned()
+            if not self._make_room(place, size):
+                return False
+            with self._writing(place), part.open("wb") as file:
+                file.truncate(size)
+            return True
+
+    def _make_room(self, place: Place, size: int) -> bool:
+        """Remove the shards fetched longest ago until another one fits."""
+        kept = sorted(self._kept(), key=lambda file: (file.used_ns, file.path.name))
+        held = sum(file.size for file in kept)
+        whole = [file for file in kept if not file.is_part]
+        while held + size > self.limit_bytes or size > self._free():
+            if whole:
+                oldest = whole.pop(0)
+                oldest.path.unlink(missing_ok=True)
+                held -= oldest.size
+            elif held:
+                return False
+            else:
+                raise self._full(place, f"it has {size} bytes, the disk {self._free()} left")
+        return True
+
+    def _kept(self) -> Iterator[_Kept]:
+        """The files of the cache at this moment, unfinished ones too."""
+        for path in self.folder.iterdir():
+            if _OURS.match(path.name):
+                with suppress(FileNotFoundError):
+                    found = path.stat()
+                    yield _Kept(used_ns=found.st_mtime_ns, path=path, size=found.st_size)
+
+    def _free(self) -> int:
+        return shutil.disk_usage(self.folder).free
+
+    def _copy(self, place: Place, part: Path, size: int) -> str:
+        """Download a shard to a file and flush it to disk; returns the sha256 of what came."""
+        digest = hashlib.sha256()
+        with self._writing(place), part.open("r+b") as file:
+            for chunk in _chunks(place, size):
+                digest.update(chunk)
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        return digest.hexdigest()
+
+    def _remove_abandoned(self) -> None:
+        """Remove unfinished files whose owner has ended: nobody holds their lock."""
+        for part in self.folder.glob(f"*{PART}"):
+            if _OURS.match(part.name):
+                with suppress(Timeout), self._lock(part.name.removesuffix(PART), wait_s=0):
+                    part.unlink(missing_ok=True)
+
+    def _lock(self, name: str, *, wait_s: float = -1) -> FileLock:
+        """A lock between threads and processes; waits forever unless told how long."""
+        return FileLock(self.folder / LOCKS / name, timeout=wait_s)
+
+    @contextmanager
+    def _writing(self, place: Place) -> Iterator[None]:
+        """Tell what goes wrong with the disk of the cache."""
+        try:
+            yield
+        except OSError as error:
+            raise self._full(place, error.strerror or str(error)) from error
+
+    def _full(self, place: Place, why: str) -> DatasetError:
+        return DatasetError(
+            f"the shard cache {self.folder} cannot take {place}: {why}; make room there, or set "
+            "data.read.cache to a folder on a larger disk"
+        )
+
+
+def _touch(path: Path, size: int) -> bool:
+    """Whether the cache has a file, which counts as used now."""
+    try:
+        if path.stat().st_size != size:
+            return False
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _chunks(place: Place, size: int) -> Iterator[pa.Buffer]:
+    """The content of a shard, piece by piece."""
+    with place.open() as file:
+        if file.size() != size:
+            raise _other_file(place, f"it has {file.size()} bytes, not {size}")
+        for start in range(0, size, CHUNK_BYTES):
+            with plain_errors(place):
+                chunk = file.read_buffer(min(CHUNK_BYTES, size - start))
+            yield chunk
+
+
+def _other_file(place: Place, why: str) -> DatasetError:
+    return DatasetError(
+        f"{place} is not the shard that the manifest names: {why}; "
+        f"`mone verify {place.parent}` tells which others are not"
+    )
