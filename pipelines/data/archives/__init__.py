@@ -1,0 +1,1 @@
+"""Reading raw archives: walking tars, looking at members, spooling compressed streams."""

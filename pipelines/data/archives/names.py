@@ -1,0 +1,90 @@
+"""What names tell: the kind of a file, the split a folder is named after, the key of a sample.
+
+A key is `<class>_<stem>`, or the stem alone if that begins with the class or if the release's own
+lists name the file. What readers of WebDataset shards cannot stand in a key (dots, slashes, bytes
+that are not UTF-8) becomes `_`; a key changed so ends in a hash of the name as it was, so that
+`a.b.jpg` and `a_b.jpg` stay two samples. `a.jpg` and `a.png` of one class share a key: the later
+one is a repeated key, which is told when shards are planned.
+"""
+
+import hashlib
+import re
+from pathlib import PurePosixPath
+from typing import Literal
+
+IMAGE_KINDS = {
+    ".jpeg": "JPEG",
+    ".jpg": "JPEG",
+    ".jpe": "JPEG",
+    ".jfif": "JPEG",
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".gif": "GIF",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".3gp")
+SUFFIXES: dict[Literal["image", "video"], tuple[str, ...]] = {
+    "image": tuple(IMAGE_KINDS),
+    "video": VIDEO_SUFFIXES,
+}
+MAX_KEY_BYTES = 150
+
+_UNSAFE = re.compile(r"[./\\\x00-\x1f\x7f]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+    "small_classes": "small_classes",
+}
+_SPLIT = re.compile(r"(?:imagenet21k_)?(" + "|".join(_SPLITS) + ")")
+
+
+def media_of(name: str) -> Literal["image", "video"] | None:
+    """What a file is by its suffix; hidden files are nothing."""
+    path = PurePosixPath(name)
+    if path.name.startswith("."):
+        return None
+    return next((media for media, of in SUFFIXES.items() if path.suffix.lower() in of), None)
+
+
+def is_tar(name: str) -> bool:
+    """Whether a file is a plain tar by its name."""
+    return name.lower().endswith(".tar")
+
+
+def split_of(folder: str) -> str | None:
+    """The split that a folder or tar is named after, "val" for `imagenet21k_val`; or None."""
+    match = _SPLIT.fullmatch(folder.lower())
+    return _SPLITS[match.group(1)] if match else None
+
+
+def sample_key(class_name: str | None, name: str) -> str:
+    """The key of a sample; see the module docstring.
+
+    Args:
+        class_name: Its class; None: the name alone is unique.
+        name: Its path below the class.
+    """
+    path = PurePosixPath(name)
+    whole = str(path.with_suffix("")) if path.name.strip(".") else name
+    if class_name and not path.name.startswith(f"{class_name}_"):
+        whole = f"{class_name}_{whole}"
+    key = _UNSAFE.sub("_", printable(whole))
+    if key == whole and len(key.encode()) <= MAX_KEY_BYTES:
+        return key
+    digest = hashlib.sha256(whole.encode("utf-8", "surrogateescape")).hexdigest()[:10]
+    short = key.encode()[: MAX_KEY_BYTES - len(digest) - 1].decode("utf-8", "ignore")
+    return f"{short}-{digest}"
+
+
+def printable(name: str) -> str:
+    """A name as one line of text: bytes that are not UTF-8 and control characters as `\\xNN`."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return _CONTROL.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
