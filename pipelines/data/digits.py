@@ -12,6 +12,8 @@ Axes: N canvases, K shapes per canvas, H and W pixels of the canvas, C red-green
 import io
 import shutil
 import tarfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,18 +86,37 @@ def write_digit_archives(
         "clutter": clutter,
         "seed": seed,
     }
-    if _is_there(out, record):
+    write_whole(out, record, what="digits", draw=partial(_draw_all, record=record))
+
+
+def write_whole(
+    out: Path, record: dict[str, Any], *, what: str, draw: Callable[[Path], None]
+) -> None:
+    """Draw an archive into a folder, whole or not at all; nothing if this very one is there.
+
+    Args:
+        out: Folder to make.
+        record: Everything that the drawing depends on, JSON values; kept beside it.
+        what: What is drawn, for messages.
+        draw: Fills the folder that it is given.
+
+    Raises:
+        ArchiveError: `out` holds something else, or was drawn with other parameters.
+    """
+    if _is_there(out, record, what):
         return
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        _write_all(unfinished, record)
+        unfinished.mkdir(parents=True)
+        draw(unfinished)
+        write_json(unfinished / RECORD, record)
         unfinished.replace(out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _is_there(out: Path, record: dict[str, Any]) -> bool:
+def _is_there(out: Path, record: dict[str, Any], what: str) -> bool:
     """Whether this very archive exists; refuses any other content."""
     names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
     if RECORD not in names:
@@ -110,15 +131,20 @@ def _is_there(out: Path, record: dict[str, Any]) -> bool:
     if changed:
         name = changed[0]
         raise ArchiveError(
-            f"{out} holds digits drawn with {name} {was.get(name)}, now {record[name]}; "
+            f"{out} holds {what} drawn with {name} {was.get(name)}, now {record[name]}; "
             "choose an empty folder or remove this one"
         )
     return True
 
 
-def _write_all(folder: Path, record: dict[str, Any]) -> None:
+def load_scans() -> tuple[Floats, npt.NDArray[np.int64]]:
+    """All scans' ink [N, S, S], 0 to 1, and the digit that each shows [N]."""
     scans_NSS, digit_N = load_digits(return_X_y=True)
-    scans_NSS = (scans_NSS / SCAN_INK).astype(np.float32).reshape(-1, SCAN_SIZE, SCAN_SIZE)
+    return (scans_NSS / SCAN_INK).astype(np.float32).reshape(-1, SCAN_SIZE, SCAN_SIZE), digit_N
+
+
+def _draw_all(folder: Path, record: dict[str, Any]) -> None:
+    scans_NSS, digit_N = load_scans()
     for split, (name, copies) in enumerate(record["copies"].items()):
         (folder / name).mkdir(parents=True)
         for digit, wnid in enumerate(WNIDS):
@@ -137,7 +163,6 @@ def _write_all(folder: Path, record: dict[str, Any]) -> None:
             _write_tar(folder / name / f"{wnid}.tar", numbers, pixels_NHWC)
     words = [f"{wnid}\t{word}\n" for wnid, word in zip(WNIDS, WORDS, strict=True)]
     (folder / "words.txt").write_text("".join(words))
-    write_json(folder / RECORD, record)
 
 
 def split_scans(
@@ -169,14 +194,26 @@ def draw_canvases(
     Returns:
         Pixels [N, H, W, C], and the digit's ink [N, H, W], 0 to 1.
     """
-    count = len(scans_NSS)
+    back_NHWC, ink_NC = draw_paper(len(scans_NSS), rng, canvas=canvas, clutter=clutter)
+    ink_NHW = _place(scans_NSS, rng, canvas, digit_sizes)
+    return ink_on(back_NHWC, ink_NHW, ink_NC), ink_NHW
+
+
+def draw_paper(
+    count: int, rng: np.random.Generator, *, canvas: int, clutter: float
+) -> tuple[Floats, Floats]:
+    """Cluttered sheets without a digit [N, H, W, C], 0 to 1, and the ink for each [N, C]."""
     paper_NC, ink_NC = _colours(count, rng)
     back_NHWC = paper_NC[:, None, None] + clutter * _texture(count, rng, canvas)
     shapes_NHW1 = clutter * _shapes(count, rng, canvas)[..., None]
-    back_NHWC = back_NHWC + shapes_NHW1 * (ink_NC - paper_NC)[:, None, None]
-    ink_NHW = _place(scans_NSS, rng, canvas, digit_sizes)
+    return back_NHWC + shapes_NHW1 * (ink_NC - paper_NC)[:, None, None], ink_NC
+
+
+def ink_on(back_NHWC: Floats, ink_NHW: Floats, ink_NC: Floats) -> Bytes:
+    """Pixels of sheets with so much ink of a colour on them, [N, H, W, C]."""
     mix_NHWC = back_NHWC + ink_NHW[..., None] * (ink_NC[:, None, None] - back_NHWC)
-    return np.rint(255 * mix_NHWC.clip(0, 1)).astype(np.uint8), ink_NHW
+    pixels_NHWC: Bytes = np.rint(255 * mix_NHWC.clip(0, 1)).astype(np.uint8)
+    return pixels_NHWC
 
 
 def _uniform(rng: np.random.Generator, low: float, high: float, *shape: int) -> Floats:
@@ -202,7 +239,7 @@ def _texture(count: int, rng: np.random.Generator, canvas: int) -> Floats:
     slope_NK = _uniform(rng, -0.1, 0.1, count, 2)[..., None, None]
     gradient_NHW = slope_NK[:, 0] * axis_W[:, None] + slope_NK[:, 1] * axis_W
     grid_NCGG = _uniform(rng, -0.12, 0.12, count, 3, NOISE_GRID, NOISE_GRID)
-    enlarge_GW = _enlarger(NOISE_GRID, canvas)
+    enlarge_GW = enlarger(NOISE_GRID, canvas)
     noise_NCHW = enlarge_GW.T @ grid_NCGG @ enlarge_GW
     return gradient_NHW[..., None] + noise_NCHW.transpose(0, 2, 3, 1)
 
@@ -245,13 +282,13 @@ def _place(
     table_TPSW = np.zeros((digit_sizes[1] + 1, canvas, SCAN_SIZE, canvas), np.float32)
     for size in range(digit_sizes[0], digit_sizes[1] + 1):
         for start in range(canvas - size + 1):
-            table_TPSW[size, start, :, start : start + size] = _enlarger(SCAN_SIZE, size)
+            table_TPSW[size, start, :, start : start + size] = enlarger(SCAN_SIZE, size)
     rows_NHS = table_TPSW[size_N, top_N].transpose(0, 2, 1)
     ink_NHW: Floats = rows_NHS @ scans_NSS @ table_TPSW[size_N, left_N]
     return ink_NHW.clip(0, 1)
 
 
-def _enlarger(small: int, large: int) -> Floats:
+def enlarger(small: int, large: int) -> Floats:
     """The matrix [small, large] that enlarges a row of samples: Pillow's bicubic filter."""
     unit = Image.fromarray(np.eye(small, dtype=np.float32))
     return np.asarray(unit.resize((large, small), Image.Resampling.BICUBIC))

@@ -1,77 +1,103 @@
-"""Making a run's data when it is not there: the embedded digits, drawn and sharded."""
+"""Making a run's data when it is not there: embedded digits or clips, drawn and sharded.
+
+What is drawn, see `digits` and `motion`; how archives become shards, see `shards`.
+"""
 
 from pathlib import Path
+from typing import Literal
 
 from cluster.session import ray_session
 from pipelines.config import DataConfig
 from pipelines.data.digits import write_digit_archives
 from pipelines.data.manifest import MANIFEST
-from pipelines.data.plan import Part
-from pipelines.data.shards import ShardingReport, write_shards
+from pipelines.data.motion import write_motion_archive
+from pipelines.data.sharding.shards import ShardingReport, write_parts, write_shards
+from pipelines.data.sources import find_source
+from pipelines.data.sources.base import Source
+from pipelines.errors import DatasetError
+from pipelines.storage import Place, place
 from pipelines.terminal import Terminal
 
+Embedded = Literal["digits", "motion"]
+
 COPIES_TRAIN, COPIES_VAL = 12, 3
+VAL_FRACTION = 0.1
+_SPLITS = ("train", "val")
 
 
 def ensure_data(config: DataConfig, terminal: Terminal, *, verbose: bool = False) -> None:
     """Make the dataset that `config.embedded` names, unless `config.root` holds one.
 
     Without an embedded one this does nothing: who reads the data says what is missing.
+
+    Raises:
+        DatasetError: The data would have to be made in an object store.
     """
-    if config.embedded is None or (config.root / "val" / MANIFEST).is_file():
+    root = place(config.root)
+    if config.embedded is None or (root / "val" / MANIFEST).is_file():
         return
-    archive = config.root / "archive"
-    draw_digits(archive)
+    if root.local is None:
+        raise DatasetError(
+            f"data.root {root} holds no dataset, and data.embedded {config.embedded} is made in "
+            f"folders of this machine only; name a folder, or shard an archive to {root} first"
+        )
+    archive = root.local / "archive"
+    draw(config.embedded, archive, terminal)
     with ray_session(verbose=verbose):
-        shard_both(archive / "train", archive / "val", config.root, terminal)
-    terminal.say(f"made the embedded {config.embedded} -> {config.root}")
+        shard_embedded(config.embedded, archive, root, terminal)
+    terminal.say(f"made the embedded {config.embedded} -> {root}")
 
 
-def draw_digits(archive: Path) -> None:
-    """The embedded archive as every command draws it, as synset tars."""
+def draw(name: Embedded, archive: Path, terminal: Terminal) -> None:
+    """Draw an embedded archive as every command does, unless it is there."""
     archive.parent.mkdir(parents=True, exist_ok=True)
-    write_digit_archives(archive, copies_train=COPIES_TRAIN, copies_val=COPIES_VAL)
+    if name == "digits":
+        write_digit_archives(archive, copies_train=COPIES_TRAIN, copies_val=COPIES_VAL)
+        return
+    with terminal.meter("drawing", "clips") as meter:
+        write_motion_archive(archive, progress=meter.update)
 
 
-def shard_both(
-    train: Path, val: Path, root: Path, terminal: Terminal
-) -> tuple[ShardingReport, ShardingReport]:
-    """Shard a training and a validation archive into `root/train` and `root/val`.
-
-    Labels are the training archive's synsets in both. Ray must be running.
-    """
+def shard_embedded(
+    name: Embedded, archive: Path, root: Place, terminal: Terminal
+) -> tuple[ShardingReport, ...]:
+    """Shard an embedded archive into `root/train` and `root/val`. Ray must be running."""
+    if name == "motion":
+        return shard_archive(find_source(place(archive)), root, terminal)
+    train, val = (find_source(place(archive / split)) for split in _SPLITS)
     made = shard_with_progress(train, root / "train", terminal)
-    classes = made.manifest.classes
+    classes = made.manifest.classes  # the labels of one are those of the other
     return made, shard_with_progress(val, root / "val", terminal, classes=classes)
 
 
 def shard_with_progress(
-    archive: Path, out: Path, terminal: Terminal, *, classes: tuple[str, ...] | None = None
+    source: Source, out: Place, terminal: Terminal, *, classes: tuple[str, ...] | None = None
 ) -> ShardingReport:
     """`write_shards` behind a progress bar."""
     with terminal.meter(f"sharding {out.name}", "parts") as meter:
+        return write_shards(
+            source,
+            out,
+            classes=classes,
+            progress=lambda what, done, total: meter.update(done, total, what),
+        )
 
-        def progress(what: str, done: int, total: int) -> None:
-            meter.update(done, total, what)
 
-        return write_shards(archive, out, classes=classes, progress=progress)
+def shard_archive(source: Source, root: Place, terminal: Terminal) -> tuple[ShardingReport, ...]:
+    """Shard an archive into `root/train` and `root/val`.
+
+    The release's own splits are kept if it has these two (and others with them); else a share is
+    held out by a hash of each key. Ray must be running.
+    """
+    with terminal.meter("sharding", "parts") as meter:
+        return write_parts(
+            source,
+            root,
+            val_fraction=held_out(source),
+            progress=lambda what, done, total: meter.update(done, total, what),
+        )
 
 
-def shard_split(
-    archive: Path, root: Path, val_fraction: float, terminal: Terminal
-) -> tuple[ShardingReport, ShardingReport]:
-    """Shard one archive into `root/train` and `root/val`, held out by a hash of each key."""
-    reports = []
-    parts: tuple[Part, ...] = ("train", "val")
-    for part in parts:
-        with terminal.meter(f"sharding {part}", "parts") as meter:
-            reports.append(
-                write_shards(
-                    archive,
-                    root / part,
-                    part=part,
-                    val_fraction=val_fraction,
-                    progress=lambda what, done, total: meter.update(done, total, what),
-                )
-            )
-    return reports[0], reports[1]
+def held_out(source: Source) -> float:
+    """Share of an archive's samples that a hash of each key holds out; 0: it has own splits."""
+    return 0.0 if set(_SPLITS) <= set(source.splits) else VAL_FRACTION

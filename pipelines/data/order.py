@@ -1,9 +1,19 @@
 """Which sample comes when: integers in, integers out.
 
-The order of an epoch is a pure function of (seed, epoch, number of samples). Ranks take
-contiguous slices of one global batch, so the same samples make up a step however many ranks
-share it, and resuming is arithmetic: a `Position` is three integers. Nothing here opens a
-file (see `stream`) or draws a crop (see `transforms`, which takes its seeds from here).
+The order of an epoch is a pure function of (seed, epoch, samples of every shard):
+
+1. the shards are permuted, their samples written one after the other, and the list rotated by an
+   offset (a few shards alone have few orders);
+2. what the last whole batch leaves over, less than a batch, is dropped (`SampleOrder.dropped`);
+3. the rest is cut into `lanes` equal segments, and in each of them every `window` samples that
+   follow each other are permuted;
+4. a global batch takes equally many samples of every lane, the lanes' next ones, in their order.
+
+So a batch mixes shards from all over the dataset, while what is read next lies within a window of
+every lane, close together on disk. Ranks take whole lanes, rows of a global batch that follow each
+other: the same samples make up a step however many ranks share it, and resuming is arithmetic, a
+`Position` is three integers. No list of all samples is ever made. Nothing here opens a file (see
+`reader`) or draws a crop (see `transforms`, which takes its seeds from here).
 
 Randomness is splitmix64's finaliser (Steele, Lea and Flood 2014) over counters, written out
 here: the streams of library generators may change between versions, and a resumed run must
@@ -11,8 +21,8 @@ see the same samples years later on another machine. Different purposes hash wit
 first words, so a sample's place in the epoch says nothing about its crop.
 """
 
-from dataclasses import dataclass
-from typing import Any, overload
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +31,9 @@ from pipelines.errors import DatasetError, RunError
 
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 WORD_MASK = (1 << 64) - 1
-_ORDER, _AUGMENTATION = 1, 2
-# Counters are hashed in pieces that stay in the processor's cache: 3x faster at 14 million.
-_CHUNK = 1 << 16
+_SHARDS, _AUGMENTATION, _ROTATION, _WINDOW = 1, 2, 3, 4  # 1 and 2 as ever, or crops would change
+
+Samples = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,30 +71,204 @@ def mix64(word: Any) -> Any:
     return word ^ (word >> 31)
 
 
-def epoch_order(num_samples: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The sample indices of one epoch in the order in which they are read.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class SampleOrder:
+    """The order of a dataset's samples in every epoch; see the module docstring.
 
-    Hashes of the indices are sorted with the index itself in their low bits: ties are broken
-    by index and no two words are equal, so every sorting algorithm gives the same order.
+    Samples are numbered from 0 in shard order. Windows in use are kept, one per lane.
 
-    Args:
-        num_samples: Samples in the dataset, below 2^32.
+    Attributes:
+        shard_samples: Samples of every shard.
+        batch_size: Samples of a global batch.
+        lanes: Segments that an epoch is cut into; divides `batch_size`.
+        window: Samples of a lane that are permuted among each other.
         seed: Seed of the run.
-        epoch: Epoch, from 0.
-
-    Returns:
-        A permutation of 0 .. num_samples - 1, shape [num_samples].
     """
-    base = _hash(_ORDER, seed, epoch)
-    index_mask = (1 << (num_samples - 1).bit_length()) - 1
-    words = np.empty(num_samples, np.uint64)
-    for start in range(0, num_samples, _CHUNK):
-        indices = np.arange(start, min(start + _CHUNK, num_samples), dtype=np.uint64)
-        hashes = mix64(indices * np.uint64(GOLDEN_GAMMA) + np.uint64(base))
-        words[start : start + _CHUNK] = (hashes & np.uint64(WORD_MASK ^ index_mask)) | indices
-    words.sort()
-    words &= np.uint64(index_mask)
-    return words.view(np.int64)
+
+    shard_samples: tuple[int, ...] | NDArray[np.int64]
+    batch_size: int
+    lanes: int
+    window: int
+    seed: int
+    _starts: Samples = field(init=False, repr=False)
+    _epochs: "dict[int, _Epoch]" = field(init=False, repr=False, default_factory=dict)
+    _windows: "dict[int, _Window]" = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check that batches fit lanes and dataset.
+
+        Raises:
+            RunError: The lanes do not divide the batch.
+            DatasetError: There are fewer samples than one batch takes.
+        """
+        _check_lanes(self.batch_size, self.lanes)
+        counts = np.asarray(self.shard_samples, np.int64)
+        object.__setattr__(self, "_starts", np.concatenate([[0], np.cumsum(counts)]))
+        steps_per_epoch(self.num_samples, self.batch_size)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in all shards."""
+        return int(self._starts[-1])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches in an epoch."""
+        return self.num_samples // self.batch_size
+
+    def rows(self, epoch: int, step: int, first: int, count: int) -> Samples:
+        """Samples of some rows of a global batch.
+
+        Args:
+            epoch: Epoch, from 0.
+            step: Step in the epoch, from 0, below `steps_per_epoch`.
+            first: The first row; any integer, rows are counted modulo `batch_size`.
+            count: How many rows, from `first` on.
+
+        Returns:
+            Sample numbers, shape [count].
+
+        Raises:
+            ValueError: An epoch has no such step.
+        """
+        if not 0 <= step < self.steps_per_epoch:
+            raise ValueError(f"step {step} of an epoch of {self.steps_per_epoch}")
+        each = self.batch_size // self.lanes
+        begin, end = step * each, (step + 1) * each
+        low, skip = divmod(first, each)
+        lanes = range(low, low + -(-(skip + count) // each))
+        parts = [self._of_lane(epoch, lane % self.lanes, begin, end) for lane in lanes]
+        return np.concatenate(parts)[skip : skip + count] if parts else np.empty(0, np.int64)
+
+    def dropped(self, epoch: int) -> Samples:
+        """The samples that this epoch leaves out, fewer than a batch; the next leaves out others.
+
+        Returns:
+            Sample numbers in the order in which they would have come, shape [less than a batch].
+        """
+        return self._at(epoch, self.steps_per_epoch * self.batch_size, self.num_samples)
+
+    def window_of(self, step: int) -> int:
+        """Which window of its lane a step's first row comes from."""
+        return step * (self.batch_size // self.lanes) // self.window
+
+    def shards_ahead(self, epoch: int, step: int, first: int, count: int) -> list[int]:
+        """Shards that rows will be read from: those of the windows in use, then of the next ones.
+
+        Args:
+            epoch: Epoch, from 0.
+            step: Step in the epoch, from 0.
+            first: The first row, counted modulo `batch_size`.
+            count: How many rows, from `first` on.
+
+        Returns:
+            Shard numbers, each once, those needed first in front.
+        """
+        now = self.window_of(step)
+        there = self.shards_in(epoch, now, first, count)
+        if (now + 1) * self.window < self._lane:
+            return _once([*there, *self.shards_in(epoch, now + 1, first, count)])
+        return _once([*there, *self.shards_in(epoch + 1, 0, first, count)])
+
+    def shards_in(self, epoch: int, window: int, first: int, count: int) -> list[int]:
+        """Shards that one window of every lane of some rows lies in, each once."""
+        each = self.batch_size // self.lanes
+        shards: list[int] = []
+        for lane in range(first // each, -(-(first + count) // each)):
+            low, high = self._bounds(lane % self.lanes, window)
+            shards += self._epoch(epoch).shards(low, high)
+        return _once(shards)
+
+    @property
+    def _lane(self) -> int:
+        """Samples of a lane."""
+        return self.steps_per_epoch * (self.batch_size // self.lanes)
+
+    def _bounds(self, lane: int, window: int) -> tuple[int, int]:
+        """Where a window begins and ends in the rotated list."""
+        start, low = lane * self._lane, window * self.window
+        return start + low, start + min(low + self.window, self._lane)
+
+    def _of_lane(self, epoch: int, lane: int, begin: int, end: int) -> Samples:
+        """Samples of a lane from one place to another, windows permuted."""
+        first, last = begin // self.window, (end - 1) // self.window
+        if first == last:
+            low = first * self.window
+            return self._window(epoch, lane, first)[begin - low : end - low]
+        whole = [self._window(epoch, lane, window) for window in range(first, last + 1)]
+        low = first * self.window
+        return np.concatenate(whole)[begin - low : end - low]
+
+    def _window(self, epoch: int, lane: int, window: int) -> Samples:
+        kept = self._windows.get(lane)
+        if kept is None or kept.epoch != epoch or kept.window != window:
+            samples = self._at(epoch, *self._bounds(lane, window))
+            places = _permutation(len(samples), _hash(_WINDOW, self.seed, epoch, lane, window))
+            kept = self._windows[lane] = _Window(epoch, window, samples[places])
+        return kept.samples
+
+    def _at(self, epoch: int, low: int, high: int) -> Samples:
+        """Samples from one place of the rotated list to another, not permuted in windows."""
+        return self._epoch(epoch).samples(low, high)
+
+    def _epoch(self, epoch: int) -> "_Epoch":
+        kept = self._epochs.get(epoch)
+        if kept is None:
+            kept = _Epoch.of(self._starts, self.seed, epoch)
+            for old in [other for other in self._epochs if abs(other - epoch) > 1]:
+                self._epochs.pop(old, None)
+            self._epochs[epoch] = kept
+        return kept
+
+
+class _Window(NamedTuple):
+    epoch: int
+    window: int
+    samples: Samples
+
+
+class _Epoch(NamedTuple):
+    """An epoch's permuted shards and the rotation of their list of samples.
+
+    Attributes:
+        permuted: Shard numbers in the order of this epoch, shape [shards].
+        begins: Where each of them begins in the list, and the list's end, shape [shards + 1].
+        shifts: What to add to a place in the list to get the sample's number, shape [shards].
+        offset: Place in the list that the rotated list begins with.
+    """
+
+    permuted: NDArray[np.int64]
+    begins: Samples
+    shifts: Samples
+    offset: int
+
+    @classmethod
+    def of(cls, starts: Samples, seed: int, epoch: int) -> "_Epoch":
+        permuted = _permutation(len(starts) - 1, _hash(_SHARDS, seed, epoch))
+        begins = np.concatenate([[0], np.cumsum(np.diff(starts)[permuted])])
+        offset = (_hash(_ROTATION, seed, epoch) * int(starts[-1])) >> 64
+        return cls(permuted, begins, starts[permuted] - begins[:-1], offset)
+
+    def samples(self, low: int, high: int) -> Samples:
+        places = (np.arange(low, high, dtype=np.int64) + self.offset) % int(self.begins[-1])
+        which = np.searchsorted(self.begins, places, side="right") - 1
+        found: Samples = places + self.shifts[which]
+        return found
+
+    def shards(self, low: int, high: int) -> list[int]:
+        """Shard numbers of a stretch of the rotated list, in its order."""
+        total = int(self.begins[-1])
+        first, last = low + self.offset, high + self.offset
+        pieces = [(first, min(last, total)), (max(first - total, 0), last - total)]
+        return [
+            int(shard)
+            for begin, end in pieces
+            if begin < end
+            for shard in self.permuted[self._which(begin) : self._which(end - 1) + 1]
+        ]
+
+    def _which(self, place: int) -> int:
+        return int(np.searchsorted(self.begins, place, side="right")) - 1
 
 
 def sample_seed(seed: int, epoch: int, sample: int) -> int:
@@ -119,43 +303,62 @@ def position_at(step: int, *, num_samples: int, batch_size: int, seed: int) -> P
     return Position(seed=seed, epoch=epoch, step=step_in_epoch)
 
 
-def rank_batch_size(batch_size: int, world: int) -> int:
-    """How many samples of a global batch each of `world` ranks takes.
-
-    Raises:
-        RunError: The ranks cannot share the batch evenly.
-    """
-    if batch_size % world:
-        divisors = [str(d) for d in range(1, batch_size + 1) if batch_size % d == 0]
-        raise RunError(
-            f"a global batch of {batch_size} cannot be shared evenly by {world} ranks; use "
-            f"{', '.join(divisors)} ranks or a batch that is a multiple of {world}"
-        )
-    return batch_size // world
-
-
-def batch_samples(
-    order: NDArray[np.int64], step_in_epoch: int, *, batch_size: int, rank: int, world: int
-) -> NDArray[np.int64]:
-    """The samples that one rank reads for one step: its contiguous slice of the global batch.
+def rank_rows(batch_size: int, lanes: int, *, rank: int, world: int) -> tuple[int, int]:
+    """Which rows of a global batch a rank takes: whole lanes, so that ranks read other shards.
 
     Args:
-        order: The epoch's order, shape [num_samples].
-        step_in_epoch: Step, from 0, below `steps_per_epoch`.
         batch_size: Samples of all ranks together.
+        lanes: As of `SampleOrder`.
         rank: This rank, from 0.
         world: Number of ranks.
 
     Returns:
-        Sample indices, shape [batch_size / world]; concatenated over the ranks they are the
-        global batch, whatever the world.
+        The first row and how many.
 
     Raises:
-        RunError: The ranks cannot share the batch evenly.
+        RunError: The lanes do not divide the batch, or the ranks cannot share the lanes evenly.
     """
-    local = rank_batch_size(batch_size, world)
-    start = step_in_epoch * batch_size + rank * local
-    return order[start : start + local]
+    _check_lanes(batch_size, lanes)
+    if lanes % world:
+        batch = "" if batch_size % world == 0 else f", and train.batch_size to one of {world}"
+        raise RunError(
+            f"parallel.num_workers must divide data.order.lanes, got {world} and {lanes}; set it "
+            f"to {_divisors(lanes)}, or data.order.lanes to a multiple of {world} that divides "
+            f"train.batch_size ({batch_size}){batch}"
+        )
+    count = batch_size // world
+    return rank * count, count
+
+
+def _check_lanes(batch_size: int, lanes: int) -> None:
+    if lanes < 1 or batch_size % lanes:
+        raise RunError(
+            f"data.order.lanes must divide train.batch_size, got {lanes} and {batch_size}; set it "
+            f"to {_divisors(batch_size)}, or to 0 (automatic)"
+        )
+
+
+def _divisors(number: int) -> str:
+    divisors = [str(d) for d in range(1, number + 1) if number % d == 0]
+    return " or ".join([", ".join(divisors[:-1]), divisors[-1]] if divisors[1:] else divisors)
+
+
+def _once(numbers: list[int]) -> list[int]:
+    return list(dict.fromkeys(numbers))
+
+
+def _permutation(count: int, base: int) -> NDArray[np.int64]:
+    """0 .. count - 1 in the order of their hashes, shape [count]; count is below 2^32.
+
+    Hashes of the numbers are sorted with the number itself in their low bits: ties are broken
+    by number and no two words are equal, so every sorting algorithm gives the same order.
+    """
+    low_bits = np.uint64((1 << max(count - 1, 0).bit_length()) - 1)
+    numbers = np.arange(count, dtype=np.uint64)
+    words = mix64(numbers * np.uint64(GOLDEN_GAMMA) + np.uint64(base))
+    words = (words & ~low_bits) | numbers
+    words.sort()
+    return (words & low_bits).view(np.int64)
 
 
 def _hash(*words: int) -> int:

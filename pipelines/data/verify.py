@@ -1,69 +1,148 @@
-"""A dataset folder against its manifest: every byte of every shard, every row of the index.
+"""A dataset folder against its manifest: every byte of every shard, of the index, of the manifest.
 
-Finds change; it does not mend it. Writing is `shards`' work.
+Finds and names change; it does not mend it. Writing is `shards`' work.
 """
 
 import hashlib
 import os
+import threading
+import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipelines.data.manifest import (
     INDEX,
     MANIFEST,
     Manifest,
-    ShardRecord,
-    read_index,
+    index_shards,
     read_manifest,
 )
-from pipelines.errors import DatasetError
+from pipelines.data.sharding.pack import header
+from pipelines.data.sharding.plan import SHARD_NAME
+from pipelines.storage import Place, StorageError, plain_errors
+
+Progress = Callable[[int, int], None]
+
+CHUNK_BYTES = 8 * 2**20
+REMOTE_THREADS = 16
+NAMED_SAMPLES = 3
 
 
-def verify(folder: Path) -> list[str]:
-    """Compare shards and index with the manifest: counts, sizes, hashes.
+def verify(folder: Place, progress: Progress | None = None) -> list[str]:
+    """Compare a dataset with its manifest: files, sizes, hashes.
+
+    Args:
+        folder: The dataset.
+        progress: Called with the bytes compared and those of all files, from any thread.
 
     Returns:
         One sentence per problem; empty if the dataset is whole.
 
     Raises:
-        DatasetError: There is no manifest to compare with, or it cannot be read.
+        DatasetError: There is no manifest to compare with, or it was changed.
     """
     manifest = read_manifest(folder)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(partial(_shard_problem, folder), manifest.shards)
-        problems = [problem for problem in found if problem]
-    return problems + _index_problems(folder, manifest)
-
-
-def _shard_problem(folder: Path, shard: ShardRecord) -> str | None:
-    path = folder / shard.name
-    if not path.is_file():
-        return f"{shard.name} is missing"
-    size = path.stat().st_size
-    if size != shard.bytes:
-        return f"{shard.name} has {size} bytes, {MANIFEST} says {shard.bytes}"
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return None if sha256 == shard.sha256 else f"{shard.name} was changed: its sha256 differs"
-
-
-def _index_problems(folder: Path, manifest: Manifest) -> list[str]:
-    """As many rows per shard as samples, and no row of a shard that is not there."""
-    try:
-        index = read_index(folder)
-    except (DatasetError, OSError, pa.ArrowException) as error:
-        return [f"{INDEX} cannot be read: {error}"]
-    numbers, counts = pc.value_counts(index["shard"]).flatten()
-    rows = dict(zip(numbers.to_pylist(), counts.to_pylist(), strict=True))
-    problems = [
-        f"{INDEX} has {rows.get(number, 0)} rows for {shard.name}, {MANIFEST} says {shard.samples}"
-        for number, shard in enumerate(manifest.shards)
-        if rows.get(number, 0) != shard.samples
+    sizes = {entry.name: entry.size for entry in folder.entries() if not entry.is_folder}
+    check = _Check(folder, manifest, sizes, progress)
+    threads = REMOTE_THREADS if folder.local is None else os.cpu_count()
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(check.file, (*(s.name for s in manifest.shards), INDEX)))
+    index_is_whole = found[-1] is None
+    named = [
+        problem and (problem + check.where(number) if index_is_whole else problem)
+        for number, problem in enumerate(found[:-1])
     ]
-    if index.num_rows != manifest.samples:
-        problems.append(f"{INDEX} has {index.num_rows} rows, {MANIFEST} says {manifest.samples}")
-    return problems
+    known = {shard.name for shard in manifest.shards}
+    extra = [
+        f"{name} is not in {MANIFEST}"
+        for name in sizes
+        if SHARD_NAME.fullmatch(name) and name not in known
+    ]
+    return [problem for problem in (*named, found[-1], *extra) if problem]
+
+
+class _Check:
+    """The comparison of one dataset; threads share it.
+
+    Args:
+        folder: The dataset.
+        manifest: What it should be.
+        sizes: Of the files that are there.
+        progress: See `verify`.
+    """
+
+    def __init__(
+        self,
+        folder: Place,
+        manifest: Manifest,
+        sizes: dict[str, int],
+        progress: Progress | None,
+    ) -> None:
+        self._folder, self._manifest, self._sizes = folder, manifest, sizes
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._done = 0
+        self._all = manifest.bytes + sizes.get(INDEX, 0)
+        self._records = {shard.name: shard for shard in manifest.shards}
+
+    def file(self, name: str) -> str | None:
+        """What is wrong with a shard or the index."""
+        size, record = self._sizes.get(name), self._records.get(name)
+        if size is None:
+            return f"{name} is missing"
+        if record and size != record.bytes:
+            return f"{name} has {size} bytes, {MANIFEST} says {record.bytes}"
+        expected = record.sha256 if record else self._manifest.index_sha256
+        try:
+            found = self._sha256(self._folder / name)
+        except StorageError as error:
+            return f"{name} cannot be read: {error}"
+        return None if found == expected else f"{name} was changed: its sha256 differs"
+
+    def _sha256(self, place: Place) -> str:
+        digest = hashlib.sha256()
+        with plain_errors(place), place.open() as file:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+                self._count(len(chunk))
+        return digest.hexdigest()
+
+    def _count(self, size: int) -> None:
+        with self._lock:
+            self._done += size
+            if self._progress:
+                self._progress(self._done, self._all)
+
+    def where(self, number: int) -> str:
+        """In which samples a changed shard differs, as far as the index can tell."""
+        shard = self._manifest.shards[number]
+        if self._sizes.get(shard.name) != shard.bytes:
+            return ""
+        place = self._folder / shard.name
+        with plain_errors(place), place.open() as file:
+            (rows,) = index_shards(self._folder, [number])
+            keys = [row["key"] for row in rows.to_pylist() if not _is_whole(file, row)]
+        if not keys:
+            return " (in no sample's image, video, class or name)"
+        more = f" and {len(keys) - NAMED_SAMPLES} more" if len(keys) > NAMED_SAMPLES else ""
+        return f" (sample {', '.join(map(repr, keys[:NAMED_SAMPLES]))}{more})"
+
+
+def _is_whole(file: pa.NativeFile, row: dict[str, Any]) -> bool:
+    """Whether a sample's media has its crc32, its class its label, and each field its header."""
+    media = file.read_at(row["media_size"], row["media_offset"])
+    if zlib.crc32(media) != row["crc32"]:
+        return False
+    fields = [(row["media"], "media"), ("json", "json")]
+    if row["cls_size"]:
+        fields.append(("cls", "cls"))
+        if file.read_at(row["cls_size"], row["cls_offset"]) != b"%d" % row["label"]:
+            return False
+    for suffix, field in fields:
+        head = header(f"{row['key']}.{suffix}", row[f"{field}_size"])
+        if file.read_at(len(head), row[f"{field}_offset"] - len(head)) != head:
+            return False
+    return True

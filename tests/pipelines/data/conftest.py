@@ -36,12 +36,20 @@ def encode() -> Callable[..., bytes]:
 
 @pytest.fixture
 def make_dataset(tmp_path: Path) -> Callable[..., Path]:
-    """Writes image files as a finished dataset; every sample is a class of its own."""
+    """Writes files as a finished dataset; every sample is a class of its own unless told."""
 
-    def make(files: Sequence[bytes], *, per_shard: int = 5, name: str = "train") -> Path:
+    def make(
+        files: Sequence[bytes],
+        *,
+        labels: Sequence[int] | None = None,
+        per_shard: int = 5,
+        media: str = "jpg",
+        name: str = "train",
+    ) -> Path:
         folder = tmp_path / name
-        samples = {i: (data, i) for i, data in enumerate(files)}
-        write_dataset(folder, samples, num_classes=len(files), per_shard=per_shard)
+        pairs = zip(files, labels or range(len(files)), strict=True)
+        samples = dict(enumerate(pairs))
+        write_dataset(folder, samples, num_classes=len(files), per_shard=per_shard, media=media)
         return folder
 
     return make

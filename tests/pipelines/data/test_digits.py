@@ -8,9 +8,11 @@ import numpy.typing as npt
 import pytest
 from sklearn.datasets import load_digits
 
-from pipelines.data.archive import find_tars, scan_tar
+from pipelines.data.archives.scan import scan
 from pipelines.data.digits import LUMA_C, WNIDS, draw_canvases, write_digit_archives
+from pipelines.data.sources import find_source
 from pipelines.errors import ArchiveError
+from pipelines.storage import place
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +35,23 @@ def numbers(tar: Path) -> list[int]:
         return [int(name.removesuffix(".JPEG").split("_")[1]) for name in file.getnames()]
 
 
+def tars_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.tar"))
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_the_layout_is_that_of_a_release(archives: Path) -> None:
     for split in ("train", "val"):
-        tars = find_tars(archives / split)
-        assert [tar.stem for tar in tars] == list(WNIDS)
+        source = find_source(place(archives / split))
+        assert source.layout == "imagenet21k"
+        assert [unit.class_name for unit in source.units] == list(WNIDS)
         assert all(
-            member.problem is None and member.name.startswith(f"{tar.stem}_")
-            for tar in tars[:2]
-            for member in scan_tar(tar)
+            member.problem is None and member.key.startswith(f"{unit.class_name}_")
+            for unit in source.units[:2]
+            for member in scan(source, unit)
         )
     words = (archives / "words.txt").read_text().splitlines()
     assert words[0] == "n90000000\tzero"
@@ -52,8 +59,8 @@ def test_the_layout_is_that_of_a_release(archives: Path) -> None:
 
 
 def test_train_and_val_share_no_scan_and_leave_none_out(archives: Path) -> None:
-    train = {n // 2 for tar in find_tars(archives / "train") for n in numbers(tar)}
-    val = {n for tar in find_tars(archives / "val") for n in numbers(tar)}
+    train = {n // 2 for tar in tars_of(archives / "train") for n in numbers(tar)}
+    val = {n for tar in tars_of(archives / "val") for n in numbers(tar)}
     assert not train & val
     assert train | val == set(range(1797))
     assert len(val) / 1797 == pytest.approx(0.2, abs=0.002)
@@ -61,7 +68,7 @@ def test_train_and_val_share_no_scan_and_leave_none_out(archives: Path) -> None:
 
 def test_numbers_name_the_scan_of_their_digit(archives: Path) -> None:
     digits = load_digits().target
-    for digit, tar in enumerate(find_tars(archives / "train")):
+    for digit, tar in enumerate(tars_of(archives / "train")):
         found = numbers(tar)
         assert len(found) == len(set(found))
         assert {digits[n // 2] for n in found} == {digit}
@@ -69,7 +76,7 @@ def test_numbers_name_the_scan_of_their_digit(archives: Path) -> None:
 
 def test_labels_are_balanced(archives: Path) -> None:
     for split in ("train", "val"):
-        counts = [len(numbers(tar)) for tar in find_tars(archives / split)]
+        counts = [len(numbers(tar)) for tar in tars_of(archives / split)]
         assert max(counts) / min(counts) < 1.08
 
 
@@ -78,7 +85,7 @@ def test_another_seed_brings_other_images_under_other_numbers_of_the_same_scans(
 ) -> None:
     write_digit_archives(tmp_path / "more", copies_train=2, copies_val=1, seed=1)
     for split, copies in (("train", 2), ("val", 1)):
-        old, new = (find_tars(folder / split)[3] for folder in (archives, tmp_path / "more"))
+        old, new = (tars_of(folder / split)[3] for folder in (archives, tmp_path / "more"))
         assert not set(numbers(old)) & set(numbers(new))
         assert {n // copies for n in numbers(old)} == {
             (n - 1_000_000) // copies for n in numbers(new)

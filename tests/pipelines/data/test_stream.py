@@ -1,21 +1,27 @@
 """Batches: what is in them depends on (seed, epoch, sample), never on who made them."""
 
 import json
-import threading
-import time
 from itertools import islice, pairwise
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
-from pipelines.data.manifest import INDEX, INDEX_SCHEMA, MANIFEST, read_index, write_index
-from pipelines.data.order import Position, position_at
-from pipelines.data.stream import EvalStream, ShardReader, TrainStream
+from pipelines.data.order import Position
+from pipelines.data.pixels.mixup import mixing_weights
+from pipelines.data.settings import AugmentConfig, OrderConfig, ReadConfig
 from pipelines.errors import DatasetError, RunError
+from tests.pipelines.data.streams import (
+    SEED,
+    START,
+    open_eval,
+    open_train,
+    same,
+    take,
+    working_threads,
+)
 
-START = Position(seed=3, epoch=0, step=0)
+BROKEN = b"not an image"
 
 
 @pytest.fixture
@@ -29,136 +35,6 @@ def folder(make_dataset, files):
     return make_dataset(files)
 
 
-def open_train(folder, **changes):
-    settings = {
-        "image_size": 16,
-        "batch_size": 8,
-        "seed": 3,
-        "rank": 0,
-        "world": 1,
-        "crop_area": (0.05, 1.0),
-        "crop_ratio": (0.75, 4 / 3),
-        "flip": 0.5,
-        "threads": 2,
-    }
-    return TrainStream(folder, **settings | changes)
-
-
-def open_eval(folder, **changes):
-    settings = {
-        "image_size": 16,
-        "resize": 18,
-        "batch_size": 8,
-        "rank": 0,
-        "world": 1,
-        "threads": 2,
-    }
-    return EvalStream(folder, **settings | changes)
-
-
-def take(folder, count, start=START, **changes):
-    batches = open_train(folder, **changes).batches(start)
-    taken = list(islice(batches, count))
-    batches.close()
-    return taken
-
-
-def same(left, right):
-    return (
-        torch.equal(left.pixels_BHWC, right.pixels_BHWC)
-        and torch.equal(left.labels_B, right.labels_B)
-        and torch.equal(left.valid_B, right.valid_B)
-    )
-
-
-def decode_threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
-
-
-# Reading
-
-
-def test_the_reader_finds_every_samples_bytes_key_and_label(folder, files):
-    reader = ShardReader(folder)
-
-    assert reader.num_samples == 26
-    assert reader.num_classes == 26
-    assert [reader.sample(i) for i in range(26)] == [
-        (f"key_{i}", data, i) for i, data in enumerate(files)
-    ]
-    assert reader.path_of(11) == folder / "shard-000002.tar"
-
-
-def test_a_closed_reader_holds_no_file_and_opens_again(folder, files):
-    reader = ShardReader(folder)
-    reader.sample(7)
-    reader.close()
-
-    assert reader.sample(7)[1] == files[7]
-
-
-def test_threads_may_share_a_reader(folder, files):
-    reader, wrong = ShardReader(folder), []
-
-    def read():
-        wrong.extend(i for i in range(26) if reader.sample(i)[1] != files[i])
-
-    threads = [threading.Thread(target=read) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-    assert wrong == []
-
-
-@pytest.mark.parametrize("change", [-512, 512])
-def test_a_shard_of_another_size_is_refused_by_name(folder, change):
-    path = folder / "shard-000001.tar"
-    size = path.stat().st_size
-    with path.open("r+b") as file:
-        file.truncate(size + change)
-
-    with pytest.raises(
-        DatasetError,
-        match=rf"shard .*shard-000001\.tar has {size + change} bytes, manifest\.json says {size}; "
-        r"`mone verify .*train` lists what was changed",
-    ):
-        ShardReader(folder)
-
-
-def test_a_missing_shard_is_refused_by_name(folder):
-    (folder / "shard-000003.tar").unlink()
-
-    with pytest.raises(DatasetError, match=r"shard .*shard-000003\.tar is missing; `mone verify"):
-        ShardReader(folder)
-
-
-def test_an_index_of_fewer_samples_than_the_manifest_is_refused(folder):
-    write_index(folder, read_index(folder).slice(0, 24))
-
-    with pytest.raises(
-        DatasetError,
-        match=rf"{INDEX} lists 4 samples of shard-000004\.tar, {MANIFEST} says 5; `mone verify",
-    ):
-        ShardReader(folder)
-
-
-@pytest.mark.parametrize(
-    ("column", "value"),
-    [("shard", 6), ("shard", -1), ("label", 26), ("jpg_offset", 1 << 40), ("jpg_size", -1)],
-)
-def test_an_index_that_points_outside_is_refused(folder, column, value):
-    rows = read_index(folder).to_pylist()
-    rows[9][column] = value
-    write_index(folder, pa.Table.from_pylist(rows, schema=INDEX_SCHEMA))
-
-    with pytest.raises(
-        DatasetError, match="places sample 'key_9' outside its shard or its 26 classes"
-    ):
-        ShardReader(folder)
-
-
 # Training
 
 
@@ -169,50 +45,33 @@ def test_training_batches_have_one_shape_and_an_epoch_no_sample_twice(folder):
     batches = [batch for batch, _ in take(folder, 7)]
 
     for batch in batches:
-        assert batch.pixels_BHWC.shape == (8, 16, 16, 3)
-        assert batch.pixels_BHWC.dtype == torch.uint8
-        assert batch.labels_B.dtype == torch.int64
+        assert batch.pixels_RTHWC.shape == (8, 1, 16, 16, 3)
+        assert batch.pixels_RTHWC.dtype == torch.uint8
+        assert batch.labels_R.dtype == torch.int64
         assert batch.valid_B.tolist() == [True] * 8
+        assert batch.mix_BM is None
     for epoch in (batches[:3], batches[3:6]):
-        assert len(set(torch.cat([batch.labels_B for batch in epoch]).tolist())) == 24
+        assert len(set(torch.cat([batch.labels_R for batch in epoch]).tolist())) == 24
+
+
+def test_every_batch_has_equally_many_samples_of_every_part_of_the_dataset(make_dataset, files):
+    """Without a shuffle a lane is a stretch of shards, and a batch has one sample of each."""
+    folder = make_dataset(files[:24], per_shard=1)
+    in_order = open_train(folder, order=OrderConfig(window=1)).batches(START)
+
+    lanes = torch.stack([batch.labels_R for batch, _ in islice(in_order, 3)], dim=1)
+    mixed = torch.stack([batch.labels_R for batch, _ in take(folder, 3)], dim=1)
+
+    assert lanes.sort(dim=1).values.tolist() == mixed.sort(dim=1).values.tolist()
+    in_order.close()
 
 
 def test_a_sample_is_augmented_anew_in_every_epoch(make_dataset, noise, encode):
     one = make_dataset([encode(noise(40, 40))])
 
-    pixels = [batch.pixels_BHWC for batch, _ in take(one, 6, batch_size=1)]
+    pixels = [batch.pixels_RTHWC for batch, _ in take(one, 6, batch_size=1)]
 
     assert not any(torch.equal(a, b) for a, b in pairwise(pixels))
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_any_ranks_and_threads_make_the_same_global_batches_to_the_bit(folder, world, threads):
-    expected = take(folder, 5)
-
-    ranks = [take(folder, 5, rank=r, world=world, threads=threads) for r in range(world)]
-
-    for step, (batch, position) in enumerate(expected):
-        parts = [rank[step] for rank in ranks]
-        assert {part[1] for part in parts} == {position}
-        assert torch.equal(torch.cat([p[0].pixels_BHWC for p in parts]), batch.pixels_BHWC)
-        assert torch.equal(torch.cat([p[0].labels_B for p in parts]), batch.labels_B)
-
-
-@pytest.mark.parametrize(("world", "threads"), [(1, 2), (1, 3), (2, 1), (4, 2)])
-def test_resuming_at_any_step_on_any_ranks_gives_the_rest_to_the_bit(folder, world, threads):
-    unbroken = take(folder, 8)
-
-    for step, (_, position) in enumerate(unbroken[:-1]):
-        assert position == position_at(step + 1, num_samples=26, batch_size=8, seed=3)
-        ranks = [
-            take(folder, 1, start=position, rank=rank, world=world, threads=threads)
-            for rank in range(world)
-        ]
-        expected, after = unbroken[step + 1]
-        assert {rank[0][1] for rank in ranks} == {after}
-        pixels = torch.cat([rank[0][0].pixels_BHWC for rank in ranks])
-        assert torch.equal(pixels, expected.pixels_BHWC)
 
 
 def test_another_seed_gives_other_batches(folder):
@@ -223,44 +82,29 @@ def test_another_seed_gives_other_batches(folder):
 
 
 def test_closing_the_iterator_ends_its_threads(folder):
-    batches = open_train(folder, threads=3).batches(START)
+    batches = open_train(folder, read=ReadConfig(threads=3)).batches(START)
     next(batches)
-    assert decode_threads()
+    assert working_threads()
 
     batches.close()
 
-    assert not decode_threads()
+    assert not working_threads()
 
 
-def test_no_more_than_one_batch_is_made_ahead(folder, monkeypatch):
-    read = []
-    sample = ShardReader.sample
-    monkeypatch.setattr(ShardReader, "sample", lambda self, i: read.append(i) or sample(self, i))
-    batches = open_train(folder, threads=1).batches(START)
+def test_a_bad_sample_ends_the_stream_by_name_and_its_threads(make_dataset, files):
+    files[7] = files[7][:300]
+    broken = make_dataset(files)
+    named = (
+        r"sample 'key_7' in .*shard-000001\.tar: does not decode as an image: .*; `mone verify .*"
+        r"train` lists what was changed; restore it or make the shards again, or set "
+        r"data\.read\.on_corrupt to skip"
+    )
 
-    next(batches)
-    next(batches)
-    deadline = time.monotonic() + 20
-    while len(read) < 24 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.1)  # long enough for the threads to go too far, if they would
-
-    assert len(read) == 24
-    batches.close()
-
-
-def test_a_sample_that_does_not_decode_names_shard_and_key(make_dataset, files):
-    broken = make_dataset([*files[:7], files[7][:300], *files[8:]])
-
-    with pytest.raises(
-        DatasetError,
-        match=r"sample 'key_7' in .*shard-000001\.tar: does not decode as an image: .*; "
-        "`mone verify",
-    ):
+    with pytest.raises(DatasetError, match=named):
         take(broken, 4)
-    with pytest.raises(DatasetError, match="sample 'key_7' in"):
+    with pytest.raises(DatasetError, match=named):
         list(open_eval(broken))
-    assert not decode_threads()
+    assert not working_threads()
 
 
 def test_a_position_of_another_seed_is_refused(folder):
@@ -276,12 +120,14 @@ def test_a_position_outside_the_epoch_is_refused(folder, epoch, step):
         RunError,
         match=f"step {step} of epoch {epoch}, but an epoch has 3 steps of 8 samples here; resume",
     ):
-        open_train(folder).batches(Position(seed=3, epoch=epoch, step=step))
+        open_train(folder).batches(Position(seed=SEED, epoch=epoch, step=step))
 
 
-def test_a_batch_that_does_not_fit_ranks_or_dataset_is_refused(folder):
-    with pytest.raises(RunError, match="batch of 8 cannot be shared evenly by 3 ranks"):
+def test_a_batch_that_does_not_fit_ranks_lanes_or_dataset_is_refused(folder):
+    with pytest.raises(RunError, match=r"num_workers must divide data\.order\.lanes, got 3 and 8"):
         open_train(folder, world=3)
+    with pytest.raises(RunError, match=r"lanes must divide train\.batch_size, got 3 and 8"):
+        open_train(folder, order=OrderConfig(lanes=3))
     with pytest.raises(DatasetError, match="batch of 32 does not fit a dataset of 26 samples"):
         open_train(folder, batch_size=32)
 
@@ -290,6 +136,108 @@ def test_a_position_survives_json(folder):
     from_json = Position(**json.loads('{"seed": 3, "epoch": 0, "step": 1}'))
 
     assert same(take(folder, 1, start=from_json)[0][0], take(folder, 2)[1][0])
+
+
+# Mixup
+
+
+@pytest.mark.parametrize("images", [2, 3])
+def test_with_mixup_the_rows_before_the_ranks_first_come_first(folder, images):
+    augment = AugmentConfig(mixup=0.5, mixup_images=images)
+    plain = [batch for batch, _ in take(folder, 4)]
+    extra = images - 1
+
+    for step, (batch, position) in enumerate(take(folder, 4, rank=1, world=2, augment=augment)):
+        assert batch.samples == 4
+        assert batch.pixels_RTHWC.shape == (4 + extra, 1, 16, 16, 3)
+        assert torch.equal(batch.pixels_RTHWC, plain[step].pixels_RTHWC[4 - extra :])
+        assert torch.equal(batch.labels_R, plain[step].labels_R[4 - extra :])
+        assert batch.mix_BM.shape == (4, images)
+        epoch = step // 3
+        assert position == Position(seed=SEED, epoch=(step + 1) // 3, step=(step + 1) % 3)
+        expected = [
+            mixing_weights(augment, SEED, epoch, label) for label in batch.labels_R[extra:].tolist()
+        ]
+        assert np.array_equal(batch.mix_BM.numpy(), np.stack(expected))
+
+
+@pytest.mark.parametrize(("batch_size", "images"), [(8, 2), (8, 5), (2, 2), (2, 5), (1, 3)])
+def test_the_rows_before_the_first_of_a_global_batch_are_its_last(folder, batch_size, images):
+    augment = AugmentConfig(mixup=0.5, mixup_images=images)
+    extra = images - 1
+
+    for (plain, _), (batch, _) in zip(
+        take(folder, 3, batch_size=batch_size),
+        take(folder, 3, batch_size=batch_size, augment=augment),
+        strict=True,
+    ):
+        rows = np.arange(-extra, batch_size) % batch_size
+        assert torch.equal(batch.pixels_RTHWC, plain.pixels_RTHWC[rows])
+        assert torch.equal(batch.labels_R, plain.labels_R[rows])
+
+
+# Bad samples that may be skipped
+
+SKIP = ReadConfig(on_corrupt="skip", corrupt_share=1.0)
+
+
+def test_a_skipped_samples_place_and_label_go_to_the_next(make_dataset, files):
+    plain = [batch.labels_R for batch, _ in take(make_dataset(files), 3)]
+    files[7] = files[20] = BROKEN
+    stream = open_train(make_dataset(files, name="broken"), read=SKIP)
+    batches = stream.batches(START)
+
+    found = [batch.labels_R for batch, _ in islice(batches, 3)]
+
+    batches.close()
+    wanted = torch.stack(plain)
+    expected = torch.where((wanted == 7) | (wanted == 20), wanted + 1, wanted)
+    assert torch.equal(torch.stack(found), expected)
+    assert stream.skipped >= 1
+    assert 1 <= len(stream.skipped_samples) <= 2
+    assert all("does not decode as an image" in text for text in stream.skipped_samples)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_what_takes_a_place_is_the_same_on_any_ranks_and_threads(make_dataset, files, world):
+    files[7] = files[8] = files[20] = BROKEN
+    broken = make_dataset(files)
+    augment = AugmentConfig(mixup=0.5)
+    expected = take(broken, 5, read=SKIP, augment=augment)
+    read = ReadConfig(on_corrupt="skip", corrupt_share=1.0, threads=3, prefetch=4)
+
+    for rank in range(world):
+        mine = take(broken, 5, read=read, augment=augment, rank=rank, world=world)
+        for (part, _), (whole, _) in zip(mine, expected, strict=True):
+            size = 8 // world
+            rows = slice(rank * size, (rank + 1) * size + 1)
+            assert torch.equal(part.pixels_RTHWC, whole.pixels_RTHWC[rows])
+            assert torch.equal(part.labels_R, whole.labels_R[rows])
+
+
+def test_too_many_bad_samples_stop_the_stream(make_dataset, files):
+    for bad in (3, 7, 11, 15):
+        files[bad] = BROKEN
+    read = ReadConfig(on_corrupt="skip", corrupt_share=0.1)
+
+    with pytest.raises(
+        DatasetError, match=r"[34] of 24 samples were skipped, more than data\.read\.corrupt_share"
+    ):
+        take(make_dataset(files), 4, read=read)
+    assert not working_threads()
+
+
+def test_evaluation_leaves_out_what_may_be_skipped(make_dataset, files):
+    files[7] = BROKEN
+    stream = open_eval(make_dataset(files), read=SKIP)
+
+    batches = list(stream)
+
+    seen = torch.cat([batch.labels_R[batch.valid_B] for batch in batches]).tolist()
+    assert seen == [i for i in range(26) if i != 7]
+    assert not batches[0].pixels_RTHWC[7].any()
+    assert stream.skipped == 1
+    assert stream.skipped_samples[0].startswith("sample 'key_7' in ")
 
 
 # Evaluation
@@ -306,24 +254,26 @@ def test_evaluation_covers_every_sample_once_in_equally_many_batches(folder, bat
     assert len({len(rank) for rank in batches}) == 1
     seen = []
     for batch in (batch for rank in batches for batch in rank):
-        assert batch.pixels_BHWC.shape == (batch_size, 16, 16, 3)
-        assert batch.labels_B.shape == batch.valid_B.shape == (batch_size,)
-        seen += batch.labels_B[batch.valid_B].tolist()
-        assert not batch.pixels_BHWC[~batch.valid_B].any()
-        assert not batch.labels_B[~batch.valid_B].any()
+        assert batch.pixels_RTHWC.shape == (batch_size, 1, 16, 16, 3)
+        assert batch.labels_R.shape == batch.valid_B.shape == (batch_size,)
+        assert batch.views == 1
+        seen += batch.labels_R[batch.valid_B].tolist()
+        assert not batch.pixels_RTHWC[~batch.valid_B].any()
+        assert not batch.labels_R[~batch.valid_B].any()
     assert sorted(seen) == list(range(26))
     assert streams[0].num_samples == 26
     assert streams[0].num_classes == 26
 
 
 def test_evaluation_repeats_itself_whatever_the_threads(folder):
-    stream = open_eval(folder, threads=3)
+    stream = open_eval(folder, read=ReadConfig(threads=3, prefetch=1))
 
-    first, second, alone = list(stream), list(stream), list(open_eval(folder, threads=1))
+    first, second = list(stream), list(stream)
+    alone = list(open_eval(folder, read=ReadConfig(threads=1, prefetch=5)))
 
     assert len(first) == 4
     assert all(same(a, b) and same(a, c) for a, b, c in zip(first, second, alone, strict=True))
-    assert not decode_threads()
+    assert not working_threads()
 
 
 def test_evaluation_pixels_are_the_images_own_when_sizes_agree(make_dataset, noise, encode):
@@ -332,7 +282,8 @@ def test_evaluation_pixels_are_the_images_own_when_sizes_agree(make_dataset, noi
 
     (batch,) = list(stream)
 
-    assert np.array_equal(batch.pixels_BHWC[:5].numpy(), np.stack([np.asarray(i) for i in images]))
+    expected = np.stack([np.asarray(image) for image in images])
+    assert np.array_equal(batch.pixels_RTHWC[:5, 0].numpy(), expected)
 
 
 def test_evaluation_left_early_ends_its_threads(folder):
@@ -341,7 +292,7 @@ def test_evaluation_left_early_ends_its_threads(folder):
 
     batches.close()
 
-    assert not decode_threads()
+    assert not working_threads()
 
 
 def test_a_centre_larger_than_the_scaled_image_is_refused(folder):
@@ -349,6 +300,18 @@ def test_a_centre_larger_than_the_scaled_image_is_refused(folder):
         RunError, match=r"short side of 12 pixels hold no centre of 16; set data\.eval_resize to 16"
     ):
         open_eval(folder, resize=12)
+
+
+@pytest.mark.parametrize("open_stream", [open_train, open_eval])
+def test_samples_without_labels_are_refused(make_dataset, files, open_stream):
+    labels = [-1 if i in (3, 9) else i for i in range(26)]
+
+    with pytest.raises(
+        DatasetError,
+        match=r"2 of the 26 samples in .*train have no label, which training and scoring need; "
+        "use a part of the release that has labels",
+    ):
+        open_stream(make_dataset(files, labels=labels))
 
 
 def test_closed_streams_can_be_read_again(folder):

@@ -1,0 +1,130 @@
+"""A batch in the making: arrays of its final shape whose places are filled one by one.
+
+Threads (`loader`) and Ray's actors (`ray_reader`) fill places of a job in any order; `stream` says
+which samples they are for.
+
+Axes as in `batch`; V views of a sample in a test.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipelines.data.batch import Batch
+from pipelines.data.order import Position
+from pipelines.data.pixels.mixup import mixing_weights
+from pipelines.data.pixels.transforms import Pixels
+from pipelines.data.rows import Rows
+from pipelines.data.settings import AugmentConfig
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class TrainJob:
+    """A training batch; its places are its rows, but for the repeated ones.
+
+    Attributes:
+        maker: Makes the pixels.
+        augment, seed, epoch: What the mixing weights are drawn from.
+        samples: The sample of every row.
+        repeated: So many rows, the first, are those `period` rows further on once more: the rows
+            before the first of a global batch are its last.
+        period: Samples of a global batch.
+        pixels_RTHWC: To be filled.
+        labels_R: Labels of `samples`; changed where another takes a sample's place.
+        labels: Labels of the whole dataset.
+        mix_BM: To be filled; None: no mixup.
+        after: The position after this batch.
+    """
+
+    maker: Rows
+    augment: AugmentConfig
+    seed: int
+    epoch: int
+    samples: list[int]
+    repeated: int
+    period: int
+    pixels_RTHWC: Pixels
+    labels_R: NDArray[np.int64]
+    labels: NDArray[np.int32]
+    mix_BM: NDArray[np.float32] | None
+    after: Position
+
+    @property
+    def places(self) -> int:
+        """Rows that differ."""
+        return len(self.samples) - self.repeated
+
+    def fill(self, first: int, after: int) -> None:
+        """Make some of the rows and their weights."""
+        before = 0 if self.mix_BM is None else len(self.samples) - len(self.mix_BM)
+        for row in range(first + self.repeated, after + self.repeated):
+            wanted = self.samples[row]
+            pixels, sample = self.maker.train(wanted, self.epoch)
+            self.pixels_RTHWC[row] = pixels
+            if sample != wanted:
+                self.labels_R[row] = self.labels[sample]
+            if self.mix_BM is not None and row >= before:
+                weights = mixing_weights(self.augment, self.seed, self.epoch, wanted)
+                self.mix_BM[row - before] = weights
+        self.maker.damage.read(after - first)
+
+    def finish(self) -> tuple[Batch, Position]:
+        """The batch, and the position after it."""
+        for row in reversed(range(self.repeated)):
+            self.pixels_RTHWC[row] = self.pixels_RTHWC[row + self.period]
+            self.labels_R[row] = self.labels_R[row + self.period]
+        samples = len(self.labels_R) if self.mix_BM is None else len(self.mix_BM)
+        batch = Batch(
+            pixels_RTHWC=torch.from_numpy(self.pixels_RTHWC),
+            labels_R=torch.from_numpy(self.labels_R),
+            valid_B=torch.ones(samples, dtype=torch.bool),
+            mix_BM=None if self.mix_BM is None else torch.from_numpy(self.mix_BM),
+        )
+        return batch, self.after
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class TestJob:
+    """A batch of an evaluation; its places are its samples.
+
+    Attributes:
+        maker: Makes the pixels.
+        samples: Samples of the dataset; fewer than the batch has room for at its end.
+        pixels_BVTHWC: To be filled.
+        labels_B: Labels of `samples`.
+        valid_B: False beyond `samples`; set to False where a sample is left out.
+    """
+
+    maker: Rows
+    samples: range
+    pixels_BVTHWC: Pixels
+    labels_B: NDArray[np.int64]
+    valid_B: NDArray[np.bool_]
+
+    @property
+    def places(self) -> int:
+        """Samples."""
+        return len(self.samples)
+
+    def fill(self, first: int, after: int) -> None:
+        """Make the views of some of the samples."""
+        for place in range(first, after):
+            pixels = self.maker.test(self.samples[place])
+            if pixels is None:
+                self.valid_B[place] = False
+            else:
+                self.pixels_BVTHWC[place] = pixels
+        self.maker.damage.read(after - first)
+
+    def finish(self) -> Batch:
+        """The batch, black where there is no sample."""
+        self.pixels_BVTHWC[~self.valid_B] = 0
+        self.labels_B[~self.valid_B] = 0
+        views = self.pixels_BVTHWC.shape[1]
+        return Batch(
+            pixels_RTHWC=torch.from_numpy(self.pixels_BVTHWC).flatten(0, 1),
+            labels_R=torch.from_numpy(self.labels_B).repeat_interleave(views),
+            valid_B=torch.from_numpy(self.valid_B),
+        )

@@ -1,0 +1,226 @@
+"""From a sample's number to its pixels: read, decode, vary; and what happens where that fails.
+
+`reader` knows where bytes lie, `transforms` and `clips` how they become pixels, `order` which seed
+a sample has; here they meet. Which sample is wanted when, and by whom, is the subject of `stream`.
+
+Axes: T frames, H height, W width, 3 red-green-blue, V views of a test.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from threading import Lock
+from typing import NamedTuple
+
+from pipelines.data.columns import repair
+from pipelines.data.manifest import Manifest
+from pipelines.data.order import sample_seed
+from pipelines.data.pixels.clips import eval_clips, train_clip
+from pipelines.data.pixels.random import SampleRandom
+from pipelines.data.pixels.transforms import Pixels, eval_image, train_image
+from pipelines.data.reader import DamagedSampleError, SampleReader
+from pipelines.data.settings import AugmentConfig, ClipConfig, ReadConfig
+from pipelines.errors import DatasetError, PipelineError
+from pipelines.storage import Place
+
+_TRIES = 64  # samples in a row that do not decode before it cannot be chance
+_NAMED = 1000  # samples that are named, at most; all are counted
+
+
+class TrainRow(NamedTuple):
+    """Pixels for training, and the sample that they were made of.
+
+    Attributes:
+        pixels: uint8, shape [T, H, W, 3].
+        sample: The sample asked for, or the one that took its place.
+    """
+
+    pixels: Pixels
+    sample: int
+
+
+class Damage:
+    """Samples that could not be made: counted and named once each; too many end the run.
+
+    The budget is a share of the samples that were read so far, or of an epoch as long as it
+    lasts: a single bad sample among the first ten is no tenth of the data.
+
+    Attributes:
+        count: Rows that went without their sample so far.
+    """
+
+    def __init__(self, folder: Place, share: float, epoch: int) -> None:
+        """Begin to count.
+
+        Args:
+            folder: The dataset folder, for messages.
+            share: Share of the samples that may be skipped (`ReadConfig.corrupt_share`).
+            epoch: Samples that this worker reads in an epoch.
+        """
+        self.count = 0
+        self._folder, self._share, self._epoch = folder, share, epoch
+        self._read, self._lock = 0, Lock()
+        self._names: dict[str, str] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What was skipped and why, a text for each sample, the first thousand of them."""
+        return tuple(f"{name}: {why}" for name, why in tuple(self._names.items()))
+
+    def read(self, samples: int) -> None:
+        """Count samples that were read, good or bad."""
+        with self._lock:
+            self._read += samples
+
+    def skip(self, name: str, why: str) -> None:
+        """Count a sample that was skipped.
+
+        Raises:
+            DatasetError: These are more than the budget.
+        """
+        with self._lock:
+            self.count += 1
+            if len(self._names) < _NAMED:
+                self._names.setdefault(name, why)
+            among = max(self._read, self._epoch)
+            if self.count > self._share * among:
+                raise DatasetError(
+                    f"{self.count} of {among} samples were skipped, more than "
+                    f"data.read.corrupt_share ({self._share:g}) allows; the last is {name}: {why}; "
+                    f"{repair(self._folder)}"
+                )
+
+
+class Rows:
+    """Makes the pixels of samples; threads may share it.
+
+    Attributes:
+        views: Views of a sample in a test.
+        damage: What was skipped so far.
+    """
+
+    def __init__(
+        self,
+        reader: SampleReader,
+        *,
+        image_size: int,
+        frames: int,
+        resize: int,
+        seed: int,
+        read: ReadConfig,
+        augment: AugmentConfig,
+        clip: ClipConfig,
+        samples_per_epoch: int,
+    ) -> None:
+        """Choose how the reader's media become pixels.
+
+        Args:
+            reader: An open dataset.
+            image_size: Height and width of the pixels.
+            frames: Frames of a clip; 1: images.
+            resize: Short side that test images and videos are scaled to.
+            seed: Seed of the augmentation.
+            read: The decoder, and what a sample does that does not decode.
+            augment: How training samples are varied.
+            clip: Which frames of a video make a clip.
+            samples_per_epoch: Samples that this worker reads in an epoch.
+
+        Raises:
+            DatasetError: The dataset holds images and the model takes clips, or the reverse.
+        """
+        _check_media(reader.folder, reader.manifest, frames)
+        self.damage = Damage(reader.folder, read.corrupt_share, samples_per_epoch)
+        self.views = 1 if frames == 1 else clip.views * clip.crops
+        self._reader, self._seed, self._skips = reader, seed, read.on_corrupt == "skip"
+        size, decoder = image_size, read.decoder
+        self._train: Callable[..., Pixels] = partial(
+            train_image, size=size, augment=augment, decoder=decoder
+        )
+        self._test: Callable[[bytes], Pixels] = partial(
+            eval_image, size=size, resize=resize, decoder=decoder
+        )
+        if frames > 1:
+            self._train = partial(
+                train_clip, frames=frames, size=size, resize=resize, clip=clip, augment=augment
+            )
+            self._test = partial(eval_clips, frames=frames, size=size, resize=resize, clip=clip)
+
+    def train(self, sample: int, epoch: int) -> TrainRow:
+        """A sample's pixels in an epoch: a function of seed, epoch and sample alone.
+
+        With `on_corrupt="skip"` a sample that cannot be made gives its place, and its random
+        numbers, to the next one in shard order that can; the first follows the last.
+
+        Raises:
+            DatasetError: It cannot be made and none may, or can, take its place.
+        """
+        seed = sample_seed(self._seed, epoch, sample)
+        try:
+            return TrainRow(self._training(sample, seed), sample)
+        except DamagedSampleError as error:
+            self._skip(sample, error)
+        tried = min(_TRIES, self._reader.num_samples)
+        for other in range(sample + 1, sample + tried):
+            instead = other % self._reader.num_samples
+            try:
+                return TrainRow(self._training(instead, seed), instead)
+            except DamagedSampleError as error:
+                why = error
+        raise DatasetError(
+            f"{self._reader.name(sample)} and the {tried - 1} samples after it cannot be used, "
+            f"the last of them: {why}; {repair(self._reader.folder)}"
+        )
+
+    def test(self, sample: int) -> Pixels | None:
+        """A sample's views for a test, uint8, shape [V, T, H, W, 3].
+
+        Returns:
+            None with `on_corrupt="skip"` if it cannot be made: a test must not count another twice.
+
+        Raises:
+            DatasetError: It cannot be made, and may not be left out.
+        """
+        try:
+            pixels = self._made(sample, self._test)
+        except DamagedSampleError as error:
+            self._skip(sample, error)
+            return None
+        return pixels[None, None] if pixels.ndim == 3 else pixels
+
+    def _training(self, sample: int, seed: int) -> Pixels:
+        pixels = self._made(sample, partial(self._train, rng=SampleRandom(seed)))
+        return pixels[None] if pixels.ndim == 3 else pixels
+
+    def _made(self, sample: int, make: Callable[[bytes], Pixels]) -> Pixels:
+        try:
+            data = self._reader.read(sample)
+            try:
+                return make(data)
+            except DatasetError as error:
+                raise DamagedSampleError(str(error)) from error
+        except PipelineError:
+            raise
+        except Exception as error:  # ours, not the data's: say at least where it happened
+            error.add_note(f"in {self._reader.name(sample)}")
+            raise
+
+    def _skip(self, sample: int, error: DamagedSampleError) -> None:
+        name = self._reader.name(sample)
+        if not self._skips:
+            raise DatasetError(
+                f"{name}: {error}; {repair(self._reader.folder)}, or set data.read.on_corrupt to "
+                "skip"
+            ) from error
+        self.damage.skip(name, str(error))
+
+
+def _check_media(folder: Place, manifest: Manifest, frames: int) -> None:
+    if manifest.media == "image" and frames > 1:
+        raise DatasetError(
+            f"{folder} holds images, but model.video.frames is {frames}; set model.video.frames to "
+            "1 or data.root to a dataset of videos"
+        )
+    if manifest.media == "video" and frames == 1:
+        raise DatasetError(
+            f"{folder} holds videos, but model.video.frames is 1; set model.video.frames to the "
+            "frames of a clip, such as 32, or data.root to a dataset of images"
+        )
