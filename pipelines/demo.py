@@ -8,43 +8,55 @@ from pathlib import Path
 from cluster.session import ray_session
 from pipelines.commands.evaluate import show_results
 from pipelines.config import RunConfig
-from pipelines.data.archive import find_tars
-from pipelines.data.embedded import draw_digits, shard_both, shard_split
-from pipelines.data.shards import ShardingReport
+from pipelines.data.embedded import Embedded, draw, held_out, shard_archive, shard_embedded
+from pipelines.data.sharding.shards import ShardingReport
+from pipelines.data.sources import find_source
+from pipelines.data.sources.base import Source
 from pipelines.errors import UsageError
 from pipelines.publish import publish_report
 from pipelines.results import RESULTS, Results
 from pipelines.run_report import REPORT, evaluate_run
+from pipelines.storage import Place, place
 from pipelines.terminal import Terminal
 from pipelines.train import Outcome
 from pipelines.training import EXIT_CODES, train_run
 
 STAGES = 5
-VAL_FRACTION = 0.1
+_DRAWN: dict[Embedded, tuple[str, str]] = {
+    "digits": ("handwritten digits on cluttered canvases", "synset tars"),
+    "motion": ("handwritten digits that move over clutter", "webm + json"),
+}
 _OURS = {"archive", "shards", "run", "mlruns", RESULTS, REPORT}
 
 
 def run_demo(
-    config: RunConfig, out: Path, archive: Path | None, terminal: Terminal, *, verbose: bool
+    config: RunConfig, out: Path, archive: Place | None, terminal: Terminal, *, verbose: bool
 ) -> int:
     """Everything once, going on where an earlier call stopped.
 
     Args:
         config: The run; its paths lie below `out`.
         out: Folder for all of it.
-        archive: Folder of synset tars; None draws the embedded digits.
+        archive: Any archive that `mone shard` reads; None draws embedded data: clips if the model
+            takes clips, else images.
         terminal: Where stages, progress and the final table are shown.
         verbose: Let Ray and the workers write too.
 
     Returns:
         The exit code.
+
+    Raises:
+        UsageError: `out` holds something else, or the archive is not what the model takes.
+        ArchiveError: `archive` is none that is recognised.
     """
     started = time.monotonic()
     _check_folder(out)
-    if archive:
-        find_tars(archive)  # a wrong path is told at once, not after Ray has started
+    source = None
+    if archive is not None:  # a wrong path is told at once, not after Ray has started
+        source = find_source(archive)
+        _check_media(source, config)
     with ray_session(verbose=verbose):
-        _make_data(config, out, archive, terminal)
+        _make_data(config, out, source, terminal)
         terminal.stage(
             3, STAGES, "train", f"{config.train.steps} steps, {config.parallel.num_workers} workers"
         )
@@ -70,20 +82,33 @@ def _check_folder(out: Path) -> None:
         raise UsageError(f"--out {out} holds something else ({what}); name a new folder")
 
 
-def _make_data(config: RunConfig, out: Path, archive: Path | None, terminal: Terminal) -> None:
-    root = config.data.root
-    if archive is None:
-        terminal.stage(1, STAGES, "archive", "drawing handwritten digits on cluttered canvases")
-        draw_digits(out / "archive")
-        train, val = out / "archive" / "train", out / "archive" / "val"
-        terminal.say(f"    {len(find_tars(train))} synset tars -> {train} and {val}")
-        terminal.stage(2, STAGES, "shards", "Ray Data: synset tars -> WebDataset shards")
-        reports = shard_both(train, val, root, terminal)
+def _check_media(source: Source, config: RunConfig) -> None:
+    takes = "video" if config.model.video.frames > 1 else "image"
+    if source.media != takes:
+        flag = "add --video" if source.media == "video" else "leave out --video"
+        raise UsageError(
+            f"--archive {source.archive} holds {source.media}s, and recipe {config.recipe} takes "
+            f"{takes}s; {flag}, or name a recipe for {source.media}s"
+        )
+
+
+def _make_data(config: RunConfig, out: Path, source: Source | None, terminal: Terminal) -> None:
+    root = place(config.data.root)
+    if source is None:
+        name: Embedded = "motion" if config.model.video.frames > 1 else "digits"
+        what, kind = _DRAWN[name]
+        terminal.stage(1, STAGES, "archive", f"drawing {what}")
+        draw(name, out / "archive", terminal)
+        terminal.say(f"    {kind} -> {out / 'archive'}")
+        terminal.stage(2, STAGES, "shards", f"Ray Data: {kind} -> WebDataset shards")
+        reports = shard_embedded(name, out / "archive", root, terminal)
     else:
-        terminal.stage(1, STAGES, "archive", f"reading {archive}")
-        terminal.say(f"    {len(find_tars(archive))} synset tars")
-        terminal.stage(2, STAGES, "shards", f"Ray Data, {VAL_FRACTION:.0%} held out by key")
-        reports = shard_split(archive, root, VAL_FRACTION, terminal)
+        terminal.stage(1, STAGES, "archive", f"reading {source.archive}")
+        terminal.say(f"    {source.media}s, recognised as {source.layout}")
+        share = held_out(source)
+        split = f"{share:.0%} held out by key" if share else "split as the release has it"
+        terminal.stage(2, STAGES, "shards", f"Ray Data: {source.layout} -> WebDataset, {split}")
+        reports = shard_archive(source, root, terminal)
     for report in reports:
         terminal.say(f"    {_shards_line(report)}")
 

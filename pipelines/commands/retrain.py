@@ -13,6 +13,7 @@ from pipelines.config import to_yaml
 from pipelines.errors import UsageError
 from pipelines.flags import add_run_arguments, run_config
 from pipelines.retrain import run_retraining
+from pipelines.storage import place
 from pipelines.terminal import Terminal
 
 EXAMPLE = "mone retrain --archive new_tars/ --recipe digits --train.steps 500"
@@ -20,7 +21,9 @@ EXAMPLE = "mone retrain --archive new_tars/ --recipe digits --train.steps 500"
 
 def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     """Run the command."""
-    parser.add_argument("--archive", type=Path, required=True, help="folder of new synset tars")
+    parser.add_argument(
+        "--archive", required=True, help="new samples, in any layout that `mone shard` reads"
+    )
     parser.add_argument(
         "--tolerance",
         type=float,
@@ -43,7 +46,11 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
         return 0
     terminal = Terminal()
     verdict = run_retraining(
-        args.archive, config, terminal, tolerance=args.tolerance, verbose=args.verbose
+        place(args.archive).absolute(),
+        config,
+        terminal,
+        tolerance=args.tolerance,
+        verbose=args.verbose,
     )
     terminal.say(f"report -> {verdict.report}")
     return 0

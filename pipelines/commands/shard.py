@@ -1,49 +1,69 @@
-"""Turn a raw archive (a folder of synset tars, as ImageNet-21K unpacks) into WebDataset shards.
+"""Turn a raw archive of images or videos into WebDataset shards, manifest and index.
 
 Streaming and parallel on Ray Data. A second run does nothing; an interrupted one continues.
 """
 
 import argparse
+import time
+from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from cluster.session import ray_session
-from pipelines.data.archive import find_tars
-from pipelines.data.manifest import read_manifest
-from pipelines.data.plan import Part
-from pipelines.data.shards import (
+from pipelines.data.manifest import MANIFEST, Resized, read_manifest
+from pipelines.data.sharding.shards import (
     SAMPLES_PER_SHARD,
     Progress,
     ShardingReport,
     add_archive,
-    write_shards,
+    add_parts,
+    parts_of,
+    write_parts,
 )
+from pipelines.data.sources import LAYOUTS, find_source
+from pipelines.data.sources.base import Source
 from pipelines.errors import UsageError
+from pipelines.storage import Place, place
 from pipelines.terminal import Meter, Terminal
 
 EXAMPLE = "mone shard winter21/ data/imagenet21k --val-fraction 0.01"
+QUALITY = 90
 
 
 def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     """Run the command."""
     _add_arguments(parser)
     args = parser.parse_args(arguments)
-    if not 0 <= args.val_fraction < 1:
-        raise UsageError(f"--val-fraction is a share from 0 to below 1, got {args.val_fraction}")
-    if args.append and (args.val_fraction or args.classes_of):
-        raise UsageError("--append keeps the dataset's classes; leave out the other options")
-    find_tars(args.archive)  # a wrong path is told at once, not after Ray has started
+    if args.append and (args.classes or args.resize):
+        raise UsageError(
+            "--append keeps the dataset's classes and size of images; leave out --classes and "
+            "--resize"
+        )
+    if args.quality is not None and not args.resize:
+        raise UsageError(f"--quality {args.quality} is that of --resize; give both or neither")
+    classes = read_classes(args.classes) if args.classes else None
+    source = find_source(args.archive, args.layout)
     terminal = Terminal()
     with ray_session(verbose=args.verbose):
-        for out, part in _parts(args):
-            report = _shard(args, out, part, terminal)
-            terminal.say(_line(report))
+        began = time.monotonic()
+        with terminal.meter(f"sharding {args.out}") as meter:
+            reports = _shard(source, classes, args, _progress(meter))
+        seconds = time.monotonic() - began
+    for report in reports:
+        for line in _lines(report):
+            terminal.say(line)
+    if any(not report.did_nothing for report in reports):
+        terminal.say(_throughput(reports, seconds))
     return 0
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("archive", type=Path, help="folder of <synset>.tar files; left unchanged")
-    parser.add_argument("out", type=Path, help="folder for the shards, manifest and index")
+    parser.add_argument(
+        "archive", type=place, help="folder, tar or tar.gz, also s3:// or gs://; left unchanged"
+    )
+    parser.add_argument("out", type=place, help="folder for the shards, also s3:// or gs://")
+    parser.add_argument(
+        "--layout", choices=["auto", *LAYOUTS], default="auto", help="of the archive"
+    )
     parser.add_argument("--append", action="store_true", help="add as the dataset's next version")
     parser.add_argument(
         "--val-fraction",
@@ -51,60 +71,140 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="hold this share out: OUT/train and OUT/val, by a hash of each sample's key",
     )
-    parser.add_argument("--classes-of", type=Path, help="take the labels of this dataset folder")
+    parser.add_argument(
+        "--classes",
+        type=place,
+        help="classes in label order: a file of one name a line, or a dataset folder",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle (default 0)")
     parser.add_argument(
         "--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help="upper limit of a shard"
     )
     parser.add_argument(
-        "--max-bad-fraction", type=float, default=0.01, help="stop above this share of bad images"
+        "--max-bad-fraction", type=float, default=0.01, help="stop above this share of bad files"
+    )
+    parser.add_argument(
+        "--resize",
+        type=int,
+        metavar="PIXELS",
+        help="re-encode images with a short side of at most this (default: original bytes)",
+    )
+    parser.add_argument(
+        "--quality", type=int, help=f"JPEG quality of re-encoded images (default {QUALITY})"
     )
     parser.add_argument("--verbose", action="store_true", help="let Ray write to the terminal too")
 
 
-def _parts(args: argparse.Namespace) -> list[tuple[Path, Part]]:
-    if not args.val_fraction:
-        return [(args.out, "all")]
-    return [(args.out / "train", "train"), (args.out / "val", "val")]
+def read_classes(where: Place) -> tuple[str, ...]:
+    """Class names in label order, from a file of one a line or from a dataset folder.
 
-
-def _shard(args: argparse.Namespace, out: Path, part: Part, terminal: Terminal) -> ShardingReport:
-    with terminal.meter(f"sharding {out}", "parts") as meter:
-        progress = _progress(meter)
-        if args.append:
-            return add_archive(
-                args.archive,
-                out,
-                samples_per_shard=args.samples_per_shard,
-                max_bad_fraction=args.max_bad_fraction,
-                progress=progress,
+    Raises:
+        UsageError: There is neither, or the file holds no name, or one twice.
+    """
+    if not where.is_file():
+        if not (where / MANIFEST).is_file():
+            raise UsageError(
+                f"--classes {where} is neither a file of class names, one a line, nor a dataset "
+                f"folder with a {MANIFEST}"
             )
-        return write_shards(
-            args.archive,
-            out,
+        return read_manifest(where).classes
+    try:
+        names = tuple(line.strip() for line in where.read_bytes().decode().splitlines())
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--classes {where} is no text in UTF-8: {error}") from error
+    names = tuple(name for name in names if name)
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice or not names:
+        what = f"names {twice[0]!r} twice" if twice else "holds no names"
+        raise UsageError(f"--classes {where} {what}; write every class on a line of its own")
+    return names
+
+
+def _shard(
+    source: Source,
+    classes: tuple[str, ...] | None,
+    args: argparse.Namespace,
+    progress: Progress,
+) -> tuple[ShardingReport, ...]:
+    if not args.append:
+        return write_parts(
+            source,
+            args.out,
+            val_fraction=args.val_fraction,
             seed=args.seed,
             samples_per_shard=args.samples_per_shard,
             max_bad_fraction=args.max_bad_fraction,
-            classes=read_manifest(args.classes_of).classes if args.classes_of else None,
-            part=part,
-            val_fraction=args.val_fraction,
+            classes=classes,
+            resized=_resized(args),
             progress=progress,
         )
+    parts = parts_of(source, args.out, args.val_fraction)
+    if any((part.out / MANIFEST).is_file() for part in parts):
+        return add_parts(
+            source,
+            args.out,
+            val_fraction=args.val_fraction,
+            samples_per_shard=args.samples_per_shard,
+            max_bad_fraction=args.max_bad_fraction,
+            progress=progress,
+        )
+    return (
+        add_archive(
+            source,
+            args.out,
+            samples_per_shard=args.samples_per_shard,
+            max_bad_fraction=args.max_bad_fraction,
+            progress=progress,
+        ),
+    )
+
+
+def _resized(args: argparse.Namespace) -> Resized | None:
+    if args.resize is None:
+        return None
+    return Resized(short_side=args.resize, quality=args.quality or QUALITY)
 
 
 def _progress(meter: Meter) -> Progress:
-    return lambda what, done, total: meter.update(done, total, what)
+    def tell(stage: str, done: int, total: int) -> None:
+        counts = f"{done / 2**30:.1f}/{total / 2**30:.1f} GiB" if stage == "spool" else ""
+        meter.update(done, total, f"{stage} {counts or f'{done}/{total}'}")
+
+    return tell
 
 
-def _line(report: ShardingReport) -> str:
+def _lines(report: ShardingReport) -> list[str]:
     manifest = report.manifest
+    skipped = f", {len(report.skipped)} skipped (named in {MANIFEST})" if report.skipped else ""
     if report.did_nothing:
-        return (
-            f"{report.folder} holds these {manifest.samples} samples in {len(manifest.shards)} "
-            f"shards already; nothing to do"
-        )
-    skipped = f", {len(report.skipped)} skipped (named in manifest.json)" if report.skipped else ""
-    return (
+        return [
+            f"{report.folder} holds {manifest.samples} samples in {len(manifest.shards)} shards "
+            f"already{skipped}; nothing to do"
+        ]
+    lines = [
         f"{report.samples} samples{skipped}; version {manifest.version}: {manifest.samples} in "
         f"{len(manifest.shards)} shards of {len(manifest.classes)} classes -> {report.folder}"
+    ]
+    reasons = Counter(skipped.reason.partition(":")[0] for skipped in report.skipped)
+    lines += [f"  skipped {count}: {reason}" for reason, count in reasons.most_common()]
+    lines += [f"  remark on {count}: {remark}" for remark, count in manifest.remarks.items()]
+    if report.empty_classes:
+        lines.append(f"  {report.empty_classes} classes have no samples here")
+    if not manifest.labelled:
+        lines.append("  the release withholds the labels: all are -1")
+    return lines
+
+
+def _throughput(reports: Sequence[ShardingReport], seconds: float) -> str:
+    samples = sum(report.samples for report in reports)
+    written = sum(
+        shard.bytes
+        for report in reports
+        if not report.did_nothing
+        for shard in report.manifest.shards
+        if shard.version == report.manifest.version
+    )
+    return (
+        f"{samples} samples, {written / 1e6:.1f} MB in {seconds:.1f} s: "
+        f"{samples / seconds:.0f} samples/s, {written / 1e6 / seconds:.1f} MB/s"
     )

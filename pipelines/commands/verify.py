@@ -1,24 +1,53 @@
-"""Compare shards and index with their manifest: counts, sizes, hashes."""
+"""Compare shards and index with their manifest: files, sizes, hashes of every byte."""
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from pipelines.data.manifest import read_manifest
-from pipelines.data.verify import verify
+from pipelines.data.manifest import MANIFEST, read_manifest
+from pipelines.data.verify import Progress, verify
 from pipelines.errors import DatasetError
+from pipelines.storage import Place, place
+from pipelines.terminal import Meter, Terminal
 
 EXAMPLE = "mone verify data/digits/train"
 
 
 def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     """Run the command."""
-    parser.add_argument("folder", type=Path, help="dataset folder with a manifest.json")
+    parser.add_argument(
+        "folder",
+        type=place,
+        help="dataset folder with a manifest.json, or one of such folders; also s3:// or gs://",
+    )
     args = parser.parse_args(arguments)
-    problems = verify(args.folder)
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise DatasetError(f"{args.folder}: {problems[0]}{more}")
-    manifest = read_manifest(args.folder)
-    print(f"{manifest.samples} samples in {len(manifest.shards)} shards are whole: {args.folder}")
+    terminal = Terminal()
+    broken: list[str] = []
+    for folder in datasets(args.folder):
+        with terminal.meter(f"verifying {folder}") as meter:
+            problems = verify(folder, _progress(meter))
+        for problem in problems:
+            terminal.say(f"{folder}: {problem}")
+        broken += [f"{folder}: {problem}" for problem in problems]
+        if not problems:
+            manifest = read_manifest(folder)
+            terminal.say(
+                f"{manifest.samples} samples in {len(manifest.shards)} shards are whole: {folder}"
+            )
+    if broken:
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise DatasetError(f"{broken[0]}{more}; restore it or make the shards again")
     return 0
+
+
+def _progress(meter: Meter) -> Progress:
+    return lambda done, total: meter.update(
+        done, total, f"{done / 2**30:.1f}/{total / 2**30:.1f} GiB"
+    )
+
+
+def datasets(folder: Place) -> list[Place]:
+    """The folder itself if it is a dataset, else the datasets that lie in it."""
+    if (folder / MANIFEST).is_file() or not folder.is_folder():
+        return [folder]
+    inside = [folder / entry.name for entry in folder.entries() if entry.is_folder]
+    return [each for each in inside if (each / MANIFEST).is_file()] or [folder]

@@ -10,6 +10,7 @@ from pipelines.config import (
     RunConfig,
     TrainConfig,
 )
+from pipelines.data.settings import AugmentConfig, ReadConfig
 
 
 def digits() -> RunConfig:
@@ -33,12 +34,11 @@ def digits() -> RunConfig:
             positions="sincos",
         ),
         data=DataConfig(
-            root=Path("data/digits"),
+            root="data/digits",
             embedded="digits",
-            crop_area=(0.8, 1.0),
-            flip=0.0,
             eval_resize=28,
-            threads=1,
+            read=ReadConfig(threads=1),
+            augment=AugmentConfig(crop_area=(0.8, 1.0), flip=0.0),
         ),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=200),
         train=TrainConfig(

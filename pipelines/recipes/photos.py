@@ -4,6 +4,7 @@ from pathlib import Path
 
 from mone_core.models import ModelConfig
 from pipelines.config import DataConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from pipelines.data.settings import AugmentConfig, ReadConfig
 
 
 def photos() -> RunConfig:
@@ -18,7 +19,12 @@ def photos() -> RunConfig:
         model=ModelConfig(
             image_size=64, patch_size=8, dim=96, depth=4, heads=4, positions="sincos"
         ),
-        data=DataConfig(root=Path("data/photos"), crop_area=(0.35, 1.0), eval_resize=64, threads=1),
+        data=DataConfig(
+            root="data/photos",
+            eval_resize=64,
+            read=ReadConfig(threads=1),
+            augment=AugmentConfig(crop_area=(0.35, 1.0)),
+        ),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=200),
         train=TrainConfig(steps=2000, batch_size=64, log_every=25, eval_every=500),
         parallel=ParallelConfig(num_workers=2),

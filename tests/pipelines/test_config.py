@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mone_core.errors import ConfigError
-from mone_core.models import DENSE, ExpertsConfig, ModelConfig, NestingConfig, VideoConfig
+from mone_core.models import DENSE, ExpertsConfig, ModelConfig, NestingConfig
 from pipelines.config import (
     CONFIG,
     DataConfig,
@@ -22,6 +22,7 @@ from pipelines.config import (
     to_yaml,
     write_config,
 )
+from pipelines.data.settings import AugmentConfig, OrderConfig, ReadConfig
 from pipelines.errors import RunError, UsageError
 from pipelines.recipes import RECIPES
 
@@ -57,7 +58,11 @@ def test_a_saved_configuration_reads_back_to_the_same_tree(recipe, tmp_path):
 
 def test_every_kind_of_value_survives_yaml_and_json(tmp_path):
     config = base(
-        data=DataConfig(root=Path("with space/ä: b"), crop_ratio=(1 / 3, 3.0)),
+        data=DataConfig(
+            root="with space/ä: b",
+            read=ReadConfig(cache=Path("null"), cache_gib=1 / 3),
+            augment=AugmentConfig(crop_ratio=(1 / 3, 3.0)),
+        ),
         optim=OptimConfig(learning_rate=1e-5, weight_decay=0.1 + 0.2),
         train=TrainConfig(budgets=(0.5, 1.0), eval_budgets=(1.0,), start_from=Path("null")),
         model=ModelConfig(
@@ -120,7 +125,10 @@ def test_a_whole_number_is_a_number():
         ('train: {steps: "5"}', r"train\.steps: .*valid integer, got '5'"),
         ("train: {budgets: 0.5}", r"train\.budgets: .*valid array, got 0\.5"),
         ("train: 5", r"my\.yaml: train: .*, got 5"),
-        ("data: {embedded: digitz}", r"data\.embedded: Input should be 'digits', got 'digitz'"),
+        (
+            "data: {embedded: digitz}",
+            r"data\.embedded: Input should be 'digits' or 'motion', got 'digitz'",
+        ),
         (
             "parallel: {device: tpu}",
             r"parallel\.device: Input should be 'cpu', 'cuda' or 'xla', got 'tpu'",
@@ -148,11 +156,18 @@ def test_values_that_cannot_be_are_refused_from_a_file_as_from_code():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DataConfig(crop_area=(0.5, 0.2)), r"data: crop_area must rise within \(0, 1\]"),
-        (lambda: DataConfig(crop_area=(0.0, 1.0)), r"crop_area must rise .* got \(0\.0, 1\.0\)"),
-        (lambda: DataConfig(crop_ratio=(0.0, 1.0)), r"crop_ratio must rise and be above 0"),
-        (lambda: DataConfig(flip=1.5), r"flip is a probability from 0 to 1, got 1\.5"),
-        (lambda: DataConfig(threads=0), r"threads must be 1 or more, got 0"),
+        (lambda: DataConfig(eval_resize=0), r"^data: eval_resize must be 1 or more, got 0$"),
+        (
+            lambda: base(data=DataConfig(order=OrderConfig(lanes=7))),
+            r"run: data\.order\.lanes must divide train\.batch_size, got 7 and 64",
+        ),
+        (
+            lambda: base(
+                data=DataConfig(order=OrderConfig(lanes=2)), parallel=ParallelConfig(num_workers=4)
+            ),
+            r"run: data\.order\.lanes must be a multiple of parallel\.num_workers, got 2 and 4; "
+            r"set it to a multiple of 4 that divides train\.batch_size \(64\)",
+        ),
         (lambda: OptimConfig(learning_rate=0.0), r"learning_rate must be above 0, got 0\.0"),
         (
             lambda: OptimConfig(learning_rate=float("nan")),
@@ -235,11 +250,6 @@ def test_a_budget_out_of_range_names_its_field_and_what_is_reachable(name, budge
         r"between 0\.125 .* and 1\.0",
     ):
         base(train=replace(TrainConfig(), **{name: (0.5, budget)}))
-
-
-def test_clips_are_refused_as_long_as_runs_read_images():
-    with pytest.raises(ConfigError, match=r"run: model\.video\.frames must be 1, got 8: runs read"):
-        base(model=ModelConfig(video=VideoConfig(frames=8)))
 
 
 def test_a_list_of_budgets_out_of_reach_is_told_by_its_first():

@@ -9,15 +9,16 @@ import torch.nn.functional as F
 
 from cluster.backends import get_backend
 from mone_core.errors import CapacityError
-from mone_core.models import build_model
+from mone_core.models import ModelConfig, VideoConfig, build_model
 from pipelines.config import read_config
-from pipelines.data.batch import model_input
+from pipelines.data.batch import Batch, model_input
 from pipelines.evaluate import evaluate, latencies, latency_batch, score, validation_stream
 from pipelines.results import RESULTS, read_results
 from pipelines.run_report import evaluate_run
 from tests.pipelines import tiny
 
 BUDGETS = (0.125, 0.2, 0.5, 1.0)
+SMALL = {"image_size": 8, "patch_size": 4, "num_classes": 4, "dim": 16, "depth": 2, "heads": 2}
 SAMPLES = 11  # a batch of 8 and one of 3 with 5 rows of padding
 
 
@@ -42,7 +43,7 @@ def plain_loop(model, config, budget):
     right, losses = 0, []
     for batch in validation_stream(config):
         for pixels, label, valid in zip(
-            batch.pixels_BHWC, batch.labels_B, batch.valid_B, strict=True
+            batch.pixels_RTHWC, batch.labels_R, batch.valid_B, strict=True
         ):
             if valid:
                 logits = model(model_input(pixels.unsqueeze(0))).logits_BK[0]
@@ -97,7 +98,7 @@ def test_every_budget_has_its_own_cost(model, config):
         model.set_effective_capacity(setting.effective_capacity)
         assert setting.macs == model.macs()
         assert setting.realised_effective_capacity == model.realised_effective_capacity
-        assert setting.latency_batch == latency_batch(tiny.PIXELS)
+        assert setting.latency_batch == latency_batch(config.model)
         assert setting.images_per_second == pytest.approx(
             1000 * setting.latency_batch / setting.latency_ms
         )
@@ -109,14 +110,47 @@ def test_every_budget_has_its_own_cost(model, config):
 
 @pytest.mark.parametrize(("pixels", "images"), [(16, 64), (64, 64), (224, 8), (448, 2), (2000, 1)])
 def test_small_images_are_timed_together_and_large_ones_alone(pixels, images):
-    assert latency_batch(pixels) == images
+    assert latency_batch(ModelConfig(image_size=pixels, patch_size=1)) == images
+
+
+def test_a_clip_is_timed_as_all_its_frames():
+    clip = ModelConfig(image_size=224, patch_size=16, video=VideoConfig(frames=4, tubelet=2))
+
+    assert latency_batch(clip) == 2
+
+
+def test_the_views_of_a_clip_are_averaged_as_probabilities():
+    torch.manual_seed(5)
+    video = VideoConfig(frames=4, tubelet=2, temporal_depth=1)
+    model = build_model(ModelConfig(**SMALL, video=video)).eval()
+    torch.nn.init.normal_(model.head.classify.weight)
+    pixels = torch.randint(0, 256, (6, 4, 8, 8, 3), dtype=torch.uint8)  # 2 clips, 3 views each
+    labels = torch.tensor([1, 1, 1, 2, 2, 2])
+    views = Batch(pixels_RTHWC=pixels, labels_R=labels, valid_B=torch.ones(2, dtype=torch.bool))
+
+    found = score(model, model, [views], (0.5,), get_backend("cpu"))[0.5]
+
+    model.set_effective_capacity(0.5)
+    with torch.no_grad():
+        probs = torch.stack(
+            [
+                torch.stack(
+                    [model(model_input(row[None])).logits_BK[0].softmax(0) for row in rows]
+                ).mean(0)
+                for rows in pixels.split(3)
+            ]
+        )
+    right = sum(int(p.argmax()) == label for p, label in zip(probs, (1, 2), strict=True))
+    assert found.samples == 2
+    assert found.accuracy == right / 2
+    assert found.loss == pytest.approx(-(probs[0, 1].log() + probs[1, 2].log()).item() / 2)
 
 
 def test_a_run_is_evaluated_in_batches_of_what_one_rank_trains_on(config):
     shared = replace(config, parallel=replace(config.parallel, num_workers=4))
 
-    assert len(next(iter(validation_stream(config))).labels_B) == 8
-    assert len(next(iter(validation_stream(shared))).labels_B) == 2
+    assert len(next(iter(validation_stream(config))).labels_R) == 8
+    assert len(next(iter(validation_stream(shared))).labels_R) == 2
 
 
 def test_latency_is_measured_in_milliseconds_for_every_budget(model):

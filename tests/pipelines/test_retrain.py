@@ -1,6 +1,7 @@
 """Whether a challenger takes over, and that one retraining at a time asks."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -9,6 +10,7 @@ from pipelines.config import TrackingConfig
 from pipelines.errors import ArchiveError, DatasetError, RunError
 from pipelines.results import Results, Setting
 from pipelines.retrain import LOCK, decide, run_retraining
+from pipelines.storage import place
 from pipelines.terminal import Terminal
 from tests.pipelines import tiny
 
@@ -111,23 +113,25 @@ def archive(make_archive, tmp_path):
 
 def test_a_second_retraining_of_a_dataset_refuses_at_once(base, archive):
     with (
-        FileLock(base.data.root / LOCK),
+        FileLock(Path(base.data.root) / LOCK),
         pytest.raises(
             RunError,
             match=rf"another retraining of {base.data.root} is under way .*{LOCK}\); wait for it",
         ),
     ):
-        run_retraining(archive, base, Terminal())
+        run_retraining(place(archive), base, Terminal())
 
     assert not base.out.exists()
 
 
 def test_a_missing_archive_or_dataset_is_told_before_anything_else(base, archive, tmp_path):
     with pytest.raises(ArchiveError, match=r"archive .*/none does not exist"):
-        run_retraining(tmp_path / "none", base, Terminal())
+        run_retraining(place(tmp_path / "none"), base, Terminal())
     with pytest.raises(DatasetError, match=r"none/train is not a finished dataset"):
         run_retraining(
-            archive, replace(base, data=replace(base.data, root=tmp_path / "none")), Terminal()
+            place(archive),
+            replace(base, data=replace(base.data, root=str(tmp_path / "none"))),
+            Terminal(),
         )
 
     assert not base.out.exists()

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mone_core.models import build_model
-from pipelines.data.batch import model_input
+from mone_core.models import ModelConfig, VideoConfig, build_model
+from pipelines.data.batch import Batch, model_input
 from pipelines.evaluate import validation_stream
 from pipelines.routing import routing_examples
 from tests.pipelines import tiny
@@ -34,14 +34,14 @@ def test_images_labels_predictions_and_experts_are_those_of_the_model(model, con
     found = routing_examples(model, stream, BUDGETS, NAMES, count=3)
 
     batch = next(iter(stream))
-    assert np.array_equal(found.images_uint8, batch.pixels_BHWC[:3].numpy())
-    assert found.labels == tuple(NAMES[label] for label in batch.labels_B[:3])
+    assert np.array_equal(found.images_uint8, batch.pixels_RTHWC[:3, 0].numpy())
+    assert found.labels == tuple(NAMES[label] for label in batch.labels_R[:3])
     assert found.budgets == BUDGETS
     assert found.widths == config.model.nesting.widths
     assert found.expert.shape == (2, 3, 4, 4)
     for row, budget in enumerate(BUDGETS):
         model.set_effective_capacity(budget)
-        output = model(model_input(batch.pixels_BHWC[:3]))
+        output = model(model_input(batch.pixels_RTHWC[:3]))
         assert np.array_equal(found.expert[row].reshape(3, 16), output.routed[0].expert_BN.numpy())
         predicted = [NAMES[k] for k in output.logits_BK.argmax(dim=1)]
         assert [of_image[row] for of_image in found.predictions] == predicted
@@ -63,3 +63,26 @@ def test_padding_is_not_shown(model, config):
     found = routing_examples(model, validation_stream(config), BUDGETS, NAMES, count=8)
 
     assert len(found.images_uint8) == len(found.labels) == len(found.predictions) == 5
+
+
+@pytest.mark.parametrize("attention", ["factorised", "joint"])
+def test_of_a_clip_its_steps_are_shown_each_with_its_own_routing(attention):
+    torch.manual_seed(0)
+    video = VideoConfig(frames=12, tubelet=2, temporal_depth=1, attention=attention)
+    sizes = {"image_size": 8, "patch_size": 4, "dim": 16, "depth": 2, "heads": 2}
+    model = build_model(ModelConfig(**sizes, num_classes=4, video=video)).eval()
+    pixels = torch.randint(0, 256, (6, 12, 8, 8, 3), dtype=torch.uint8)  # 3 clips, 2 views each
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    batch = Batch(pixels_RTHWC=pixels, labels_R=labels, valid_B=torch.tensor([True, True, True]))
+
+    found = routing_examples(model, [batch], (0.5,), NAMES, count=8)
+
+    frames = [0, 4, 6, 10]  # first frames of steps 0, 2, 3, 5 of six
+    shown = pixels[[1, 3]][:, frames].flatten(0, 1)
+    assert np.array_equal(found.images_uint8, shown.numpy())
+    assert found.labels == ("red",) * 4 + ("green",) * 4
+    with torch.no_grad():
+        model.set_effective_capacity(0.5)
+        expert_BN = model(model_input(pixels[[1, 3]])).routed[0].expert_BN
+    of_steps = expert_BN.reshape(2, 6, 2, 2)[:, [0, 2, 3, 5]].flatten(0, 1)
+    assert np.array_equal(found.expert[0], of_steps.numpy())

@@ -9,6 +9,7 @@ import torch
 
 from mone_core.models import build_model
 from pipelines.config import CONFIG, read_config
+from pipelines.data.settings import AugmentConfig, OrderConfig, ReadConfig
 from pipelines.errors import DatasetError, RunError
 from pipelines.metrics import MetricRow, append_row
 from pipelines.runner import DATA, open_run, resolve
@@ -46,12 +47,12 @@ def test_paths_become_absolute_and_the_classes_are_counted_in_the_data(
     config, data, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(data.parent)
-    config = replace(part(config, "data", root=Path(data.name)), out=Path("some/run"))
+    config = replace(part(config, "data", root=data.name), out=Path("some/run"))
     config = part(config, "model", num_classes=1000)
 
     resolved = resolve(part(config, "train", start_from=Path("w")))
 
-    assert resolved.data.root == data
+    assert resolved.data.root == str(data)
     assert resolved.out == data.parent / "some/run"
     assert resolved.train.start_from == data.parent / "w"
     assert resolved.model.num_classes == 4
@@ -60,11 +61,11 @@ def test_paths_become_absolute_and_the_classes_are_counted_in_the_data(
 
 def test_a_home_folder_is_spelt_out(config, data, monkeypatch):
     monkeypatch.setenv("HOME", str(data.parent))
-    config = replace(part(config, "data", root=Path("~") / data.name), out=Path("~/run"))
+    config = replace(part(config, "data", root=f"~/{data.name}"), out=Path("~/run"))
 
     resolved = resolve(part(config, "train", start_from=Path("~/w")))
 
-    assert resolved.data.root == data
+    assert resolved.data.root == str(data)
     assert (resolved.out, resolved.train.start_from) == (data.parent / "run", data.parent / "w")
 
 
@@ -78,7 +79,7 @@ def test_missing_data_are_named_with_the_command_that_makes_them(config, data, t
         DatasetError,
         match=rf"{root}/{missing} is not a finished dataset: .*ARCHIVE {root}/{missing}`",
     ):
-        resolve(part(config, "data", root=root))
+        resolve(part(config, "data", root=str(root)))
 
 
 def test_training_and_validation_of_other_classes_are_refused(config, tmp_path):
@@ -90,7 +91,7 @@ def test_training_and_validation_of_other_classes_are_refused(config, tmp_path):
         match=r"training has 4 classes and validation 3, which differ in n00000003; shard the "
         r"validation archive with `mone shard VAL .*/data/val --classes-of .*/data/train`",
     ):
-        resolve(part(config, "data", root=tmp_path / "data"))
+        resolve(part(config, "data", root=str(tmp_path / "data")))
 
 
 def test_data_of_less_than_a_batch_are_refused_before_a_worker_starts(config, tmp_path):
@@ -99,7 +100,7 @@ def test_data_of_less_than_a_batch_are_refused_before_a_worker_starts(config, tm
     with pytest.raises(
         DatasetError, match=r"a global batch of 8 does not fit a dataset of 7 samples; use a batch"
     ):
-        resolve(part(config, "data", root=tmp_path / "data"))
+        resolve(part(config, "data", root=str(tmp_path / "data")))
 
 
 # Folders.
@@ -127,7 +128,7 @@ def test_a_run_does_not_go_on_with_other_data(config, tmp_path):
     data = shutil.copytree(config.data.root, tmp_path / "data")
     manifest = data / "train" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"seed": 0', '"seed": 1'))
-    moved = replace(config, data=replace(config.data, root=data))
+    moved = replace(config, data=replace(config.data, root=str(data)))
 
     with pytest.raises(RunError, match=r"data in .*train is not what .* began with .*--data.root"):
         open_run(moved)
@@ -190,7 +191,12 @@ def test_a_run_of_another_model_is_refused_with_the_fields(trained):
         ("train", {"steps": 8}, r"train\.steps was 4, now 8"),
         ("train", {"seed": 1}, r"train\.seed was 0, now 1"),
         ("optim", {"learning_rate": 1.0}, r"optim\.learning_rate was 0\.003, now 1\.0"),
-        ("data", {"flip": 0.0}, r"data\.flip was 0\.5, now 0\.0"),
+        (
+            "data",
+            {"augment": AugmentConfig(crop_area=(0.5, 1.0), flip=0.0)},
+            r"data\.augment\.flip was 0\.5, now 0\.0",
+        ),
+        ("data", {"order": OrderConfig(lanes=4)}, r"data\.order\.lanes was 0, now 4"),
         ("parallel", {"threads": 2}, r"parallel\.threads was 1, now 2"),
     ],
 )
@@ -206,7 +212,8 @@ def test_a_run_with_other_values_that_change_losses_is_refused(trained, name, ch
     [
         ("train", {"keep_checkpoints": 5}),
         ("tracking", {"uri": "http://127.0.0.1:1", "experiment": "e", "model": "m"}),
-        ("data", {"root": Path("/elsewhere"), "embedded": "digits", "threads": 7}),
+        ("data", {"root": "/elsewhere", "embedded": "digits", "reader": "ray"}),
+        ("data", {"read": ReadConfig(threads=7, prefetch=9, check="never", remote="ranges")}),
         ("parallel", {"num_workers": 2, "shard": True, "collective_timeout_s": 7}),
         ("train", {"microbatches": 2}),
     ],

@@ -12,7 +12,6 @@ from cluster.topology import Mesh
 from mone_core.gemm import chosen_gemm, has_onednn, use_gemm
 from mone_core.losses import softmax_loss
 from mone_core.models import DENSE, ExpertsConfig, NestingConfig, SkippingConfig
-from pipelines.data.batch import model_input
 from pipelines.errors import RunError
 from pipelines.run_report import evaluate_run
 from pipelines.train import Outcome, noise_seed
@@ -76,8 +75,8 @@ def test_all_budgets_of_a_step_add_their_losses(data, tmp_path):
     sums = []
     for budget in JOINT["budgets"]:
         run.core.set_effective_capacity(budget)
-        logits = run.core(model_input(batch.pixels_BHWC)).logits_BK
-        sums.append(softmax_loss(logits, batch.labels_B, label_smoothing=0.1).mean())
+        logits = run.core(batch.inputs()).logits_BK
+        sums.append(softmax_loss(logits, batch.labels_R, label_smoothing=0.1).mean())
     sum(sums).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in run.core.parameters()])
 

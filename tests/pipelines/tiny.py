@@ -26,6 +26,8 @@ from mone_core.models import ModelConfig
 from pipelines.build import build_run
 from pipelines.checkpoint import checkpoint_of
 from pipelines.config import DataConfig, OptimConfig, RunConfig, TrainConfig, write_config
+from pipelines.data.motion import encode_webm
+from pipelines.data.settings import AugmentConfig, ReadConfig
 from pipelines.metrics import MetricRow
 from pipelines.train import Outcome, Run, train
 from tests.dataset_folder import write_dataset
@@ -43,8 +45,27 @@ def write_data(root: Path, *, train: int = 32, val: int = 10, classes: int = len
 
 def write_folder(folder: Path, samples: Sequence[int], *, classes: int = len(COLOURS)) -> None:
     """Write one finished dataset folder with a single shard; sample i is of class i % classes."""
-    squares = {i: (_square(i, i % classes), i % classes) for i in samples}
-    write_dataset(folder, squares, num_classes=classes, per_shard=len(squares))
+    write_dataset(folder, squares(samples, classes), num_classes=classes, per_shard=len(samples))
+
+
+def squares(samples: Sequence[int], classes: int = len(COLOURS)) -> dict[int, tuple[bytes, int]]:
+    """The files and labels of such samples."""
+    return {i: (_square(i, i % classes), i % classes) for i in samples}
+
+
+def write_clips(root: Path, *, train: int = 16, val: int = 6) -> Path:
+    """Write `root/train` and `root/val` of webm clips: a square of the class's colour moves on."""
+    for part, first, count in (("train", 0, train), ("val", 1000, val)):
+        clips = {i: (_clip(i, i % 4), i % 4) for i in range(first, first + count)}
+        write_dataset(root / part, clips, num_classes=4, per_shard=count, media="webm")
+    return root
+
+
+def _clip(sample: int, label: int) -> bytes:
+    noise = np.random.default_rng(sample).integers(0, 60, (10, 20, 20, 3))
+    for frame in range(10):
+        noise[frame, 4:12, frame : frame + 8] = COLOURS[label]
+    return encode_webm(noise.astype(np.uint8))
 
 
 def _square(sample: int, label: int) -> bytes:
@@ -72,7 +93,12 @@ def tiny_config(data: Path, out: Path, **changes: Any) -> RunConfig:
         model=ModelConfig(
             image_size=PIXELS, patch_size=4, num_classes=len(COLOURS), dim=16, depth=2, heads=2
         ),
-        data=DataConfig(root=data, eval_resize=PIXELS, threads=1, crop_area=(0.5, 1.0)),
+        data=DataConfig(
+            root=str(data),
+            eval_resize=PIXELS,
+            read=ReadConfig(threads=1),
+            augment=AugmentConfig(crop_area=(0.5, 1.0)),
+        ),
         optim=OptimConfig(learning_rate=3e-3, warmup_steps=3, label_smoothing=0.1),
         train=TrainConfig(**(plan | changes)),
     )

@@ -1,41 +1,53 @@
-"""Which member goes where: pure tables, no Ray and no bytes."""
+"""Which sample goes where: arithmetic on hashes, no Ray and no bytes."""
 
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
-import pyarrow as pa
+import numpy as np
 import pytest
 
-from pipelines.data.manifest import SourceRecord
-from pipelines.data.plan import MEMBERS, ShardJob, mark_repeats, plan_shards, shard_count
+from pipelines.data.sharding.plan import (
+    BINS,
+    Part,
+    PartCount,
+    ShardJob,
+    ShardRange,
+    check_classes,
+    check_labels,
+    check_quality,
+    cut,
+    grouped,
+    order_hash,
+    scan_digest,
+    shard_count,
+    unit_digest,
+)
+from pipelines.data.sources.base import Listed, Source, Unit
+from pipelines.errors import ArchiveError
+from pipelines.storage import Place
 
-JOB = ShardJob(
-    archive=Path("raw"),
-    out=Path("out"),
-    tars=(Path("n01.tar"),),
-    source=SourceRecord(name="raw", fingerprint="f", version=1),
-    classes=("n01",),
-    seed=0,
-    samples_per_shard=4,
-    max_bad_fraction=0.0,
-    first_shard=0,
+SOURCE = Source(
+    layout="imagenet21k",
+    archive=Place("raw"),
+    media="image",
+    units=(Unit(kind="tar", path="n01.tar", name="n01.tar", size=9, class_name="n01"),),
 )
 
 
-def members(keys: list[str]) -> pa.Table:
-    rows = [
-        {
-            "tar": 0,
-            "label": 0,
-            "key": key,
-            "member": key,
-            "offset": 512,
-            "size": 9,
-            "order": len(key),
-        }
-        for key in keys
-    ]
-    return pa.Table.from_struct_array(pa.array(rows, MEMBERS))
+def job(*parts: str, source: Source = SOURCE, val_fraction: float = 0.0) -> ShardJob:
+    return ShardJob(
+        source=source,
+        units=("u",),
+        parts=tuple(Part(name=name, out=Place(name)) for name in parts),
+        scratch=Place("scratch"),
+        classes=None,
+        seed=0,
+        val_fraction=val_fraction,
+    )
+
+
+def histogram(bins: Sequence[int]) -> np.ndarray:
+    return np.bincount(np.array(bins, np.int64), minlength=BINS)
 
 
 @pytest.mark.parametrize(
@@ -46,36 +58,134 @@ def test_as_few_shards_as_keep_to_both_limits(samples: int, mebibytes: int, coun
     assert shard_count(samples, mebibytes * 2**20, 4) == count
 
 
-def test_shards_are_cut_evenly_in_the_order_of_the_hash() -> None:
-    keys = ["x" * n for n in (3, 1, 9, 4, 2, 5, 8, 7, 6)]
-    plan = plan_shards(replace(JOB, first_shard=7), members(keys))
-    assert [shard.name for shard in plan] == [f"shard-00000{n}.tar" for n in (7, 8, 9)]
-    assert [[len(key) for key in shard.members["key"].to_pylist()] for shard in plan] == [
-        [1, 2, 3],
-        [4, 5, 6],
-        [7, 8, 9],
+def test_a_few_samples_are_cut_evenly() -> None:
+    bins = [order_hash(0, f"n{i}") >> 44 for i in range(61)]
+    counts = histogram(bins)
+    sizes = [int(counts[first:last].sum()) for first, last in cut(counts, 0, 25)]
+    assert sizes == [20, 20, 21]
+
+
+@pytest.mark.parametrize("samples", [10_000, 300_000])
+@pytest.mark.parametrize("limit", [100, 4096])
+def test_shards_of_many_samples_are_even_and_within_the_limit(samples: int, limit: int) -> None:
+    counts = histogram(np.random.default_rng(0).integers(0, BINS, samples).tolist())
+    cuts = cut(counts, 0, limit)
+    sizes = np.array([counts[first:last].sum() for first, last in cuts])
+    assert sizes.sum() == samples
+    assert sizes.max() <= limit
+    assert sizes.max() - sizes.min() <= 2 * counts.max()
+    assert [last for _, last in cuts[:-1]] == [first for first, _ in cuts[1:]]
+
+
+def test_14_million_samples_are_within_the_limit() -> None:
+    counts = np.random.default_rng(0).poisson(14_197_122 / BINS, BINS)
+    sizes = np.array([counts[first:last].sum() for first, last in cut(counts, 0, 4096)])
+    assert sizes.max() <= 4096
+    assert sizes.min() >= 4000
+
+
+def test_no_shard_is_without_samples_where_many_share_a_bin() -> None:
+    counts = histogram([5] * 9 + [7])
+    assert cut(counts, 0, 2) == [(0, 6), (6, 8)]
+    assert cut(histogram([]), 0, 2) == []
+
+
+def test_neighbours_are_grouped_up_to_a_size() -> None:
+    assert grouped([1, 1, 5, 1, 9, 9], 6) == [[0, 1], [2, 3], [4], [5]]
+    assert grouped([3, 3], 0) == [[0], [1]]
+    assert grouped([], 9) == []
+
+
+def test_a_key_is_on_one_side_of_the_split_for_good() -> None:
+    keys = [f"n01_{i}" for i in range(2000)]
+    both = job("train", "val", val_fraction=0.25)
+    sides = [both.part_of(key, None) for key in keys]
+    assert 0.2 < np.mean(np.array(sides, float)) < 0.3
+    val = job("val", val_fraction=0.25)
+    assert [val.part_of(key, None) for key in keys] == [0 if side else None for side in sides]
+    wider = job("train", "val", val_fraction=0.5)
+    assert all(wider.part_of(key, None) for key, side in zip(keys, sides, strict=True) if side)
+
+
+def test_a_release_s_own_splits_decide_and_what_has_none_is_told_with_the_first() -> None:
+    source = replace(SOURCE, splits=("train", "val"))
+    both = job("train", "val", source=source)
+    assert [both.part_of("x", split) for split in ("train", "val", None)] == [0, 1, 0]
+    assert job("val", source=source).part_of("x", "train") is None
+    assert job("all", source=source).part_of("x", "train") == 0
+
+
+def test_a_unit_is_told_apart_by_each_of_its_properties() -> None:
+    unit = SOURCE.units[0]
+    others = [
+        replace(unit, size=10),
+        replace(unit, name="n02.tar"),
+        replace(unit, start=512),
+        replace(unit, split="val"),
+        replace(unit, class_name="n02"),
     ]
+    digests = {unit_digest(each) for each in (unit, *others)} | {unit_digest(unit, "content")}
+    assert len(digests) == 7
+    assert unit_digest(unit) == unit_digest(replace(unit))
 
 
-def test_equal_hashes_are_ordered_by_key() -> None:
-    (shard,) = plan_shards(JOB, members(["c", "a", "b"]))
-    assert shard.members["key"].to_pylist() == ["a", "b", "c"]
+def test_another_list_or_seed_or_split_makes_another_scan() -> None:
+    listed = replace(SOURCE, listed={"a": Listed(class_name="x", split=None)})
+    digests = {
+        scan_digest(SOURCE, seed=0, parts=("all",), val_fraction=0.0),
+        scan_digest(SOURCE, seed=1, parts=("all",), val_fraction=0.0),
+        scan_digest(SOURCE, seed=0, parts=("train", "val"), val_fraction=0.1),
+        scan_digest(listed, seed=0, parts=("all",), val_fraction=0.0),
+    }
+    assert len(digests) == 4
 
 
-def test_a_plan_is_recognised_by_its_hash() -> None:
-    (plan,) = plan_shards(JOB, members(["a", "b"]))
-    (again,) = plan_shards(JOB, members(["b", "a"]))
-    (other,) = plan_shards(JOB, members(["a", "c"]))
-    (labelled,) = plan_shards(replace(JOB, classes=("n00", "n01")), members(["a", "b"]))
-    assert plan.digest == again.digest
-    assert len({plan.digest, other.digest, labelled.digest}) == 3
+def test_a_shard_is_named_after_its_number() -> None:
+    assert ShardRange(number=1_000_000, part=0, first=0, last=1).name == "shard-1000000.tar"
 
 
-def test_the_first_of_several_equal_keys_stays() -> None:
-    marked = mark_repeats(members(["a", "b", "a", "c"]), pa.chunked_array([["c"]], pa.string()))
-    assert marked["problem"].to_pylist() == [
-        None,
-        None,
-        "has the key of an earlier member",
-        "is in the dataset already (same key)",
-    ]
+def test_numbers_of_units_add_up() -> None:
+    total = PartCount()
+    total.add(PartCount(samples=2, bytes=20, classes={"a": 2}))
+    total.add(PartCount(samples=1, bytes=10, problems=1, lost=25, classes={"a": 1}))
+    assert total == PartCount(samples=3, bytes=30, problems=1, lost=25, classes={"a": 3})
+    assert total.bad == 1 + 3
+
+
+def check(count: PartCount, limit: float = 0.01) -> None:
+    check_quality(SOURCE, count, "a is empty", max_bad_fraction=limit, kept="out/.unfinished")
+
+
+def test_bad_members_and_what_damage_cost_are_held_against_the_limit() -> None:
+    check(PartCount(samples=99, bytes=990, problems=1))
+    message = (
+        r"^about 3 of the 101 files in archive raw cannot be used \(2\.97%, the limit is 1\.00%\): "
+        r"a is empty; mend the archive or raise --max-bad-fraction \(what was found is kept in "
+        r"out/\.unfinished for the next run\)$"
+    )
+    with pytest.raises(ArchiveError, match=message):
+        check(PartCount(samples=98, bytes=980, problems=1, lost=15))
+
+
+def test_an_archive_without_samples_is_refused() -> None:
+    with pytest.raises(ArchiveError, match="holds no images: its 1 pieces are empty"):
+        check(PartCount())
+    with pytest.raises(ArchiveError, match="no images: none of its 2 files can be used: a is em"):
+        check(PartCount(problems=2), 1.0)
+
+
+def test_a_part_has_labels_for_all_or_for_none() -> None:
+    check_labels(SOURCE, "test", PartCount(samples=4, unlabelled=4))
+    with pytest.raises(ArchiveError, match="2 of the 4 samples of part 'all' have no class; shard"):
+        check_labels(SOURCE, "all", PartCount(samples=4, unlabelled=2))
+
+
+def test_unknown_classes_are_named_with_their_numbers() -> None:
+    check_classes(SOURCE, {"a": 3}, None)
+    check_classes(SOURCE, {"a": 3}, ("a", "b"))
+    found = dict.fromkeys("abcdefg", 2) | {"b": None}
+    with pytest.raises(
+        ArchiveError,
+        match=r"has 6 classes that the list of 1 classes lacks: b, c \(2 samples\), d .*, f .*, \.",
+    ):
+        check_classes(SOURCE, found, ("a",))

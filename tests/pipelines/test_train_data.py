@@ -1,0 +1,146 @@
+"""Training on whatever the data path offers: clips, varied and mixed samples, damaged ones."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from mone_core.models import VideoConfig
+from pipelines.data.settings import AugmentConfig, ClipConfig, OrderConfig, ReadConfig
+from pipelines.errors import DatasetError
+from pipelines.train import Outcome
+from tests.dataset_folder import write_dataset
+from tests.pipelines import tiny
+from tests.pipelines.tiny import MemoryReporter, losses, same_bits, state_of, without_clock
+
+MIXED = AugmentConfig(crop_area=(0.5, 1.0), randaugment_layers=2, mixup=0.5, mixup_images=3)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return tiny.write_data(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    return tiny.write_clips(tmp_path_factory.mktemp("clips"))
+
+
+def with_data(config, **changes):
+    return replace(config, data=replace(config.data, **changes))
+
+
+def clip_config(clips, out, **changes):
+    """A ViViT of four frames."""
+    config = tiny.tiny_config(clips, out, **changes)
+    video = VideoConfig(frames=4, tubelet=2, temporal_depth=1)
+    config = replace(config, model=replace(config.model, video=video))
+    return with_data(
+        config,
+        augment=AugmentConfig(flip=0.0, color_jitter=0.5),
+        clip=ClipConfig(stride=2, views=2, crops=3),
+    )
+
+
+def test_a_run_on_clips_goes_on_to_the_bit(clips, tmp_path):
+    outcome, rows = tiny.train_here(clip_config(clips, tmp_path / "whole"))
+    broken = clip_config(clips, tmp_path / "broken")
+
+    first, before = tiny.train_here(broken, MemoryReporter(stop_at=4))
+    second, after = tiny.train_here(broken)
+
+    assert (outcome, first, second) == (Outcome.FINISHED, Outcome.STOPPED, Outcome.FINISHED)
+    assert without_clock(before + after) == without_clock(rows)
+    assert same_bits(state_of(broken.out), state_of(tmp_path / "whole"))
+    assert "val_accuracy/ec_1.00" in rows[-1].values
+
+
+def test_mixed_samples_give_the_same_run_in_parts(images, tmp_path):
+    whole = with_data(tiny.tiny_config(images, tmp_path / "whole", steps=4), augment=MIXED)
+    parts = replace(whole, out=tmp_path / "parts", train=replace(whole.train, microbatches=4))
+
+    _, at_once = tiny.train_here(whole)
+    _, in_parts = tiny.train_here(parts)
+
+    assert losses(in_parts) == pytest.approx(losses(at_once), rel=1e-5)
+    plain = tiny.tiny_config(images, tmp_path / "plain", steps=4)
+    assert losses(tiny.train_here(plain)[1]) != pytest.approx(losses(at_once), rel=1e-3)
+
+
+def rows_of_rank(backend, config, file):
+    """What each rank does; rank 0 leaves its losses."""
+    _, rows = tiny.train_here(config, backend=backend)
+    if backend.rank == 0:
+        file.write_text(json.dumps(losses(rows)))
+
+
+@pytest.mark.parametrize("kind", ["images", "clips"])
+def test_two_workers_train_on_mixed_samples_as_one_does(kind, images, clips, tmp_path):
+    if kind == "images":
+        config = with_data(tiny.tiny_config(images, tmp_path / "one", steps=4), augment=MIXED)
+    else:
+        config = clip_config(clips, tmp_path / "one", steps=4)
+        config = with_data(config, augment=replace(MIXED, flip=0.0))
+    config = with_data(config, order=OrderConfig(lanes=4, window=3))
+
+    tiny.on_ranks(
+        rows_of_rank, tmp_path, replace(config, out=tmp_path / "two"), tmp_path / "losses"
+    )
+    _, rows = tiny.train_here(config)
+
+    assert json.loads((tmp_path / "losses").read_text()) == pytest.approx(losses(rows), rel=1e-5)
+
+
+def test_the_sigmoid_loss_is_trained_too(images, tmp_path):
+    config = tiny.tiny_config(images, tmp_path / "run", loss="sigmoid")
+    config = with_data(config, augment=MIXED)
+
+    _, rows = tiny.train_here(config)
+
+    assert losses(rows)[-1] < losses(rows)[0]
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    """Data with two training files that are no images."""
+    root = tiny.write_data(tmp_path_factory.mktemp("damaged") / "data")
+    shutil.rmtree(root / "train")
+    good = tiny.squares(range(30))
+    bad = {30: (b"not an image", 2), 31: (b"nor this", 3)}
+    write_dataset(root / "train", good | bad, num_classes=4, per_shard=16)
+    return root
+
+
+def test_a_damaged_sample_ends_the_run_by_name(damaged, tmp_path):
+    config = tiny.tiny_config(damaged, tmp_path / "run")
+
+    with pytest.raises(DatasetError, match=r"'key_3[01]' .*shard-000001.*on_corrupt to skip"):
+        tiny.train_here(config)
+
+
+def test_skipped_samples_are_counted_in_the_metrics(damaged, tmp_path):
+    skipping = ReadConfig(threads=1, on_corrupt="skip", corrupt_share=0.2)
+    config = with_data(tiny.tiny_config(damaged, tmp_path / "run", steps=8), read=skipping)
+
+    outcome, rows = tiny.train_here(config)
+
+    assert outcome is Outcome.FINISHED
+    counted = [row.values["data/skipped"] for row in rows if "loss" in row.values]
+    assert counted == sorted(counted)
+    assert counted[-1] >= 4  # both in each of two epochs; some were made ahead of the last step
+
+
+def test_more_damage_than_allowed_ends_the_run(damaged, tmp_path):
+    skipping = ReadConfig(threads=1, on_corrupt="skip", corrupt_share=0.01)
+    config = with_data(tiny.tiny_config(damaged, tmp_path / "run", steps=40), read=skipping)
+
+    with pytest.raises(DatasetError, match=r"corrupt_share"):
+        tiny.train_here(config)
+
+
+def test_clips_of_another_kind_of_model_or_data_are_refused(images, clips, tmp_path):
+    with pytest.raises(DatasetError, match=r"holds videos, but model\.video\.frames is 1"):
+        tiny.train_here(tiny.tiny_config(clips, tmp_path / "run"))
+    with pytest.raises(DatasetError, match=r"holds images, but model\.video\.frames is 4"):
+        tiny.train_here(clip_config(images, tmp_path / "run"))
