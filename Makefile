@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 XLA := .venv-xla
+BENCH := .venv-bench
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow test-xla check format constraints clean
+.PHONY: demo test test-slow test-xla bench check format constraints clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mone demo
@@ -20,6 +21,10 @@ test-slow: $(VENV)/.installed-test
 test-xla: $(XLA)/.installed
 	$(XLA)/bin/python -m pytest tests/xla
 
+# Loaders that people use instead of ours want an older numpy: a third environment.
+bench: $(BENCH)/.installed
+	$(BENCH)/bin/python -m tests.benchmarks.bench_stream --threads 2
+
 check: $(VENV)/.installed-check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -30,17 +35,19 @@ format: $(VENV)/.installed-check
 	$(BIN)/ruff check --fix .
 
 # After changing pyproject.toml, in environments that have what should be pinned.
-constraints: $(VENV)/.installed-check $(XLA)/.installed
+constraints: $(VENV)/.installed-check $(XLA)/.installed $(BENCH)/.installed
 	$(call freeze,$(BIN),make installs) > constraints.txt.new
 	$(call freeze,$(XLA)/bin,`make test-xla` installs) > constraints-xla.txt.new
+	$(call freeze,$(BENCH)/bin,`make bench` installs) > constraints-bench.txt.new
 	mv constraints.txt.new constraints.txt
 	mv constraints-xla.txt.new constraints-xla.txt
+	mv constraints-bench.txt.new constraints-bench.txt
 
 freeze = { echo '\# Exact versions that $(2); made by `make constraints`.'; \
 	$(1)/pip freeze --exclude-editable | sed 's/+c.*//'; }
 
 clean:
-	rm -rf $(VENV) $(XLA) demo runs build *.egg-info
+	rm -rf $(VENV) $(XLA) $(BENCH) demo runs build *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +63,11 @@ $(VENV)/.installed-test: $(VENV)/.installed
 $(XLA)/.installed: pyproject.toml constraints-xla.txt
 	$(PYTHON) -m venv $(XLA)
 	$(XLA)/bin/pip install --quiet --constraint constraints-xla.txt --editable '.[xla,test]'
+	touch $@
+
+$(BENCH)/.installed: pyproject.toml constraints-bench.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/pip install --quiet --constraint constraints-bench.txt --editable '.[bench]'
 	touch $@
 
 $(VENV)/.installed-check: $(VENV)/.installed-test

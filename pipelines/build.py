@@ -9,11 +9,13 @@ from mone_core.parallel import expert_parameters, spread
 from pipelines.checkpoint import Checkpoints
 from pipelines.config import RunConfig
 from pipelines.data.order import Position
+from pipelines.data.ray_reader import RayStream
 from pipelines.data.stream import TrainStream
 from pipelines.errors import RunError
 from pipelines.evaluate import validation_stream
 from pipelines.optim import build_optimizer
-from pipelines.train import Reporter, Run
+from pipelines.storage import place
+from pipelines.train import Reporter, Run, TrainBatches
 from pipelines.weights import start_from
 
 
@@ -62,17 +64,21 @@ def initial_model(config: RunConfig) -> ViT:
     return model
 
 
-def training_stream(config: RunConfig, backend: Backend) -> TrainStream:
+def training_stream(config: RunConfig, backend: Backend) -> TrainBatches:
     """This rank's training batches."""
-    return TrainStream(
-        config.data.root / "train",
+    data = config.data
+    stream = RayStream if data.reader == "ray" else TrainStream
+    return stream(
+        place(data.root) / "train",
         image_size=config.model.image_size,
+        frames=config.model.video.frames,
+        resize=data.eval_resize,
         batch_size=config.train.batch_size,
         seed=config.train.seed,
         rank=backend.rank,
         world=backend.world,
-        crop_area=config.data.crop_area,
-        crop_ratio=config.data.crop_ratio,
-        flip=config.data.flip,
-        threads=config.data.threads,
+        order=data.order,
+        read=data.read,
+        augment=data.augment,
+        clip=data.clip,
     )

@@ -19,6 +19,13 @@ from mone_core.errors import CapacityError, ConfigError
 from mone_core.gemm import GemmName
 from mone_core.models import ModelConfig
 from mone_core.warmstart import Allowed
+from pipelines.data.settings import (
+    AugmentConfig,
+    ClipConfig,
+    OrderConfig,
+    ReadConfig,
+    raise_if_any,
+)
 from pipelines.errors import RunError, UsageError, unknown_name
 from pipelines.files import read_json, write_json
 
@@ -27,36 +34,34 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Where samples come from and how training images are varied.
+    """Where samples come from, in which order, and how they are varied.
 
     Attributes:
-        root: Folder that holds `train/` and `val/`, each with a manifest.
+        root: Folder, `s3://` or `gs://` address that holds `train/` and `val/`, each with a
+            manifest.
         embedded: Data to make first when `root` does not exist; None: it must exist.
-        crop_area: Share of the image that a random crop covers, least and most.
-        crop_ratio: Width over height of that crop, least and most.
-        flip: Probability of a horizontal flip.
-        eval_resize: Short side in pixels before the centre crop of an evaluation.
-        threads: Decoding threads per worker.
+        eval_resize: Short side in pixels before the centre crop of an evaluation, and of training
+            clips before jitter.
+        reader: Who decodes: "threads" of each training process, or "ray": tasks of Ray Data
+            anywhere in the cluster, from which batches travel to the workers; same order, same
+            pixels.
+        order: Sequence of samples.
+        read: From bytes to pixels.
+        augment: Variation of training images and clips.
+        clip: Choice of frames; of videos alone.
     """
 
-    root: Path = Path("data")
-    embedded: Literal["digits"] | None = None
-    crop_area: tuple[float, float] = (0.05, 1.0)
-    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
-    flip: float = 0.5
+    root: str = "data"
+    embedded: Literal["digits", "motion"] | None = None
     eval_resize: int = 256
-    threads: int = 2
+    reader: Literal["threads", "ray"] = "threads"
+    order: OrderConfig = field(default_factory=OrderConfig)
+    read: ReadConfig = field(default_factory=ReadConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
 
     def __post_init__(self) -> None:
-        problems = []
-        if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
-            problems.append(f"crop_area must rise within (0, 1], got {self.crop_area}")
-        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
-            problems.append(f"crop_ratio must rise and be above 0, got {self.crop_ratio}")
-        if not 0 <= self.flip <= 1:
-            problems.append(f"flip is a probability from 0 to 1, got {self.flip}")
-        problems += _below_one(self, "eval_resize", "threads")
-        _raise_if_any("data", problems)
+        raise_if_any("data", _below_one(self, "eval_resize"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +98,7 @@ class OptimConfig:
             problems.append(f"clip_norm must be above 0, got {self.clip_norm}")
         if not 0 <= self.label_smoothing < 1:
             problems.append(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
-        _raise_if_any("optim", problems)
+        raise_if_any("optim", problems)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +125,8 @@ class TrainConfig:
             "pool", "gelu", "norm_eps".
         microbatches: Equal parts that a worker computes its images in, one after the other;
             saves memory, and gives the gradient of the whole.
+        loss: "softmax" cross entropy, or "sigmoid": one yes or no per class, summed over classes
+            (V-MoE on ImageNet-21K).
     """
 
     steps: int = 1000
@@ -135,6 +142,7 @@ class TrainConfig:
     start_from: Path | None = None
     start_allow: tuple[Allowed, ...] = ()
     microbatches: int = 1
+    loss: Literal["softmax", "sigmoid"] = "softmax"
 
     def __post_init__(self) -> None:
         problems = _below_one(
@@ -154,7 +162,7 @@ class TrainConfig:
             )
         if not self.budgets:
             problems.append("budgets must name at least one effective capacity")
-        _raise_if_any("train", problems)
+        raise_if_any("train", problems)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,7 +211,7 @@ class ParallelConfig:
                 f"accelerator_type and topology must be set for device xla and for no other, got "
                 f"{self.accelerator_type!r} and {self.topology!r} for {self.device}"
             )
-        _raise_if_any("parallel", problems)
+        raise_if_any("parallel", problems)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,14 +263,24 @@ class RunConfig:
                 f"data.eval_resize must be at least model.image_size, got "
                 f"{self.data.eval_resize} and {self.model.image_size}"
             )
-        if self.model.video.frames > 1:
-            problems.append(
-                f"model.video.frames must be 1, got {self.model.video.frames}: runs read images; "
-                f"clip models are built with mone_core alone"
-            )
+        problems += self._lane_problems()
         problems += self._budget_problems()
         problems += self._group_problems()
-        _raise_if_any("run", problems)
+        raise_if_any("run", problems)
+
+    def _lane_problems(self) -> list[str]:
+        """Workers share out the lanes of the sample order, and a batch is as much of each lane."""
+        batch, workers = self.train.batch_size, self.parallel.num_workers
+        lanes = self.data.order.lanes_of(batch)
+        if batch % lanes:
+            return [f"data.order.lanes must divide train.batch_size, got {lanes} and {batch}"]
+        if batch % workers == 0 and lanes % workers:  # what does not divide a batch is told already
+            return [
+                f"data.order.lanes must be a multiple of parallel.num_workers, got {lanes} and "
+                f"{workers}; set it to a multiple of {workers} that divides train.batch_size "
+                f"({batch})"
+            ]
+        return []
 
     def _budget_problems(self) -> list[str]:
         """The first budget out of reach of each list: the others are so for the same reason."""
@@ -434,8 +452,3 @@ def _below_one(config: Any, *names: str) -> list[str]:
         for name in names
         if getattr(config, name) < 1
     ]
-
-
-def _raise_if_any(where: str, problems: list[str]) -> None:
-    if problems:
-        raise ConfigError(where, problems)

@@ -8,18 +8,18 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from cluster.backends import Backend
 from mone_core.losses import softmax_loss
-from mone_core.models import Output, ViT
+from mone_core.models import ModelConfig, Output, ViT
 from pipelines.config import RunConfig
-from pipelines.data.batch import Batch, model_input
+from pipelines.data.batch import Batch
 from pipelines.data.stream import EvalStream
 from pipelines.results import Results, Setting, commit_name, machine_name
+from pipelines.storage import Place, place
 
 LATENCY_PIXELS = 8 * 224 * 224  # of a timed batch: eight usual images, or more small ones
 LATENCY_BATCHES = (1, 64)  # fewest and most images of one
@@ -45,7 +45,7 @@ def score(
 ) -> dict[float, Score]:
     """Count right answers on every sample of a stream, at each budget.
 
-    Every image is decoded once for all budgets. All ranks must call it; all get the same.
+    Every sample is decoded once for all budgets. All ranks must call it; all get the same.
 
     Args:
         model: Its budget is changed on the way.
@@ -74,28 +74,43 @@ def _counted(
     model: ViT, compute: Callable[[Tensor], Output], batch: Batch, budgets: Sequence[float]
 ) -> Tensor:
     """Right answers, summed loss and samples of one batch, a row per budget."""
-    images, labels_B, valid_B = model_input(batch.pixels_BHWC), batch.labels_B, batch.valid_B
+    inputs, valid_B = batch.inputs(), batch.valid_B
+    labels_B = batch.labels_R[:: batch.views]
     rows = []
     for budget in budgets:
         model.set_effective_capacity(budget)
-        logits_BK = compute(images).logits_BK
+        logits_BK = _over_views(compute(inputs).logits_BK, batch.views)
         right_B = (logits_BK.argmax(dim=1) == labels_B) & valid_B
         loss_B = softmax_loss(logits_BK, labels_B) * valid_B
         rows.append(torch.stack([right_B.sum(), loss_B.sum(), valid_B.sum()]))
     return torch.stack(rows).double()
 
 
-def latency_batch(image_size: int) -> int:
-    """Images of one timed forward pass: small ones are timed together, or overhead is all."""
+def _over_views(logits_RK: Tensor, views: int) -> Tensor:
+    """Scores of samples from those of their views: logarithms of mean probabilities.
+
+    Source: ViViT (arXiv 2103.15691), section 4.2, averages over views of a video.
+    """
+    if views == 1:
+        return logits_RK
+    probs_BVK = logits_RK.softmax(dim=1).view(-1, views, logits_RK.shape[1])
+    log_probs_BK: Tensor = probs_BVK.mean(dim=1).log()
+    return log_probs_BK
+
+
+def latency_batch(config: ModelConfig) -> int:
+    """Images or clips of a timed forward pass: small ones go together, or overhead is all."""
     fewest, most = LATENCY_BATCHES
-    return max(fewest, min(most, LATENCY_PIXELS // image_size**2))
+    pixels = config.video.frames * config.image_size**2
+    return max(fewest, min(most, LATENCY_PIXELS // pixels))
 
 
 @torch.no_grad()
 def latencies(model: ViT, budgets: Sequence[float], backend: Backend) -> dict[float, float]:
-    """Median milliseconds of one forward pass of `latency_batch` images, per budget."""
-    size = model.config.image_size
-    images = torch.zeros(latency_batch(size), 3, size, size, device=backend.device)
+    """Median milliseconds of one forward pass of `latency_batch` images or clips, per budget."""
+    size, frames = model.config.image_size, model.config.video.frames
+    shape = (3, size, size) if frames == 1 else (frames, 3, size, size)
+    images = torch.zeros(latency_batch(model.config), *shape, device=backend.device)
     images.normal_(generator=torch.Generator(backend.device).manual_seed(0))
     times: dict[float, list[float]] = {budget: [] for budget in budgets}
     for repeat in range(LATENCY_REPEATS + 2):  # two rounds to warm up
@@ -143,7 +158,7 @@ def evaluate(
 
 
 def validation_stream(
-    config: RunConfig, *, rank: int = 0, world: int = 1, root: Path | None = None
+    config: RunConfig, *, rank: int = 0, world: int = 1, root: Place | None = None
 ) -> EvalStream:
     """The validation set of a run.
 
@@ -153,19 +168,21 @@ def validation_stream(
         root: Another dataset root than the run's own.
     """
     return EvalStream(
-        (root or config.data.root) / "val",
+        (root or place(config.data.root)) / "val",
         image_size=config.model.image_size,
+        frames=config.model.video.frames,
         resize=config.data.eval_resize,
         batch_size=config.train.batch_size // config.parallel.num_workers,  # fits where it trained
         rank=rank,
         world=world,
-        threads=config.data.threads,
+        read=config.data.read,
+        clip=config.data.clip,
     )
 
 
 def _setting(model: ViT, budget: float, found: Score, latency_ms: float) -> Setting:
     model.set_effective_capacity(budget)
-    timed_batch = latency_batch(model.config.image_size)
+    timed_batch = latency_batch(model.config)
     return Setting(
         effective_capacity=budget,
         realised_effective_capacity=model.realised_effective_capacity,

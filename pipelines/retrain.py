@@ -13,15 +13,17 @@ from pathlib import Path
 from cluster.backends import get_backend
 from cluster.session import ray_session
 from pipelines.config import RunConfig, to_yaml
-from pipelines.data.archive import find_tars
 from pipelines.data.manifest import read_manifest
-from pipelines.data.shards import add_archive
+from pipelines.data.sharding.shards import add_archive
+from pipelines.data.sources import find_source
+from pipelines.data.sources.base import Source
 from pipelines.errors import RunError
 from pipelines.evaluate import evaluate, validation_stream
 from pipelines.locks import alone
 from pipelines.report import ReportContent, write_report
 from pipelines.results import Results
 from pipelines.run_report import REPORT, evaluate_run
+from pipelines.storage import Place, place
 from pipelines.terminal import Terminal
 from pipelines.tracking import ModelVersion, champion, fetch, promote, tag_version
 from pipelines.train import Outcome
@@ -48,7 +50,7 @@ class Verdict:
 
 
 def run_retraining(
-    archive: Path,
+    archive: Place,
     base: RunConfig,
     terminal: Terminal,
     *,
@@ -58,7 +60,7 @@ def run_retraining(
     """Retrain on a dataset that an archive is added to, and promote the better model.
 
     Args:
-        archive: New synset tars, of classes that the dataset has.
+        archive: New samples in any layout of `mone shard`, of classes that the dataset has.
         base: How to train; `base.out` is the folder that retrainings are kept in.
         terminal: Where progress is shown.
         tolerance: Accuracy that the challenger may lose at a budget; below 0 it must gain.
@@ -69,13 +71,14 @@ def run_retraining(
         RegistryError: There is no champion to go on from.
         PipelineError: The archive or the dataset is not fit.
     """
-    find_tars(archive)
-    root = base.data.root.absolute()
+    source = find_source(archive)
+    root = place(base.data.root).absolute()
     read_manifest(root / "train")
-    with alone(root / LOCK, f"retraining of {root}"):
+    lock = (root.local or base.out.absolute()) / LOCK  # an object store has no locks
+    with alone(lock, f"retraining of {root}"):
         best = champion(base.tracking)
         with ray_session(verbose=verbose):
-            version = _add(archive, root, terminal)
+            version = _add(source, root, terminal)
             folder = base.out.absolute() / f"v{version}_from_{best.version}"
             start = fetch(base.tracking, best, folder / "champion")
             config = _challenger_config(base, folder, start)
@@ -104,10 +107,10 @@ def decide(best: Results, challenger: Results, tolerance: float) -> tuple[bool, 
     return True, f"promoted the challenger: not worse at any budget ({numbers})"
 
 
-def _add(archive: Path, root: Path, terminal: Terminal) -> int:
+def _add(source: Source, root: Place, terminal: Terminal) -> int:
     with terminal.meter("adding the archive", "parts") as meter:
         report = add_archive(
-            archive,
+            source,
             root / "train",
             progress=lambda what, done, total: meter.update(done, total, what),
         )

@@ -1,4 +1,4 @@
-"""What the router does with a few validation images, at several budgets."""
+"""What the router does with a few validation images or clips, at several budgets."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,11 @@ import numpy as np
 import torch
 
 from mone_core.models import ViT
-from pipelines.data.batch import model_input
+from pipelines.data.batch import Batch, model_input
 from pipelines.data.stream import EvalStream
 from pipelines.routing_examples import RoutingExamples
+
+STEPS = 4  # of a clip, one below the other; as many fewer clips are shown
 
 
 @torch.no_grad()
@@ -20,30 +22,41 @@ def routing_examples(
     *,
     count: int = 8,
 ) -> RoutingExamples:
-    """Route the first images of a validation set, which lie there in shuffled order.
+    """Route the first samples of a validation set, which lie there in shuffled order.
+
+    Of a clip several temporal steps are shown, evenly spaced: the first frame of each.
 
     Args:
         model: On CPU; its budget is changed on the way.
-        stream: The validation set; its batches hold at least one image.
+        stream: The validation set; its batches hold at least one sample.
         budgets: Effective capacities.
         class_names: Name of each label.
-        count: How many images; fewer when a batch has fewer.
+        count: How many pictures; fewer when a batch has fewer.
     """
+    video, grid = model.config.video, model.config.grid
+    steps = np.linspace(0, video.steps - 1, min(video.steps, STEPS)).round().astype(int)
     batch = next(iter(stream))
-    shown = int(batch.valid_B[:count].sum())
-    pixels, labels = batch.pixels_BHWC[:shown], batch.labels_B[:shown].tolist()
+    shown = int(batch.valid_B[: max(1, count // len(steps))].sum())
+    clips_BTHWC, labels = _first_samples(batch, shown)
     experts, predictions = [], []
     for budget in budgets:
         model.set_effective_capacity(budget)
-        output = model(model_input(pixels))
-        expert_BN = output.routed[0].expert_BN
-        experts.append(expert_BN.view(shown, model.config.grid, model.config.grid).numpy())
+        output = model(model_input(clips_BTHWC))
+        expert = output.routed[0].expert_BN.reshape(shown, video.steps, grid, grid)
+        experts.append(expert[:, steps].flatten(0, 1).numpy())
         predictions.append([class_names[k] for k in output.logits_BK.argmax(dim=1).tolist()])
+    by_sample = list(zip(*predictions, strict=True))
     return RoutingExamples(
-        images_uint8=pixels.numpy(),
-        labels=tuple(class_names[label] for label in labels),
-        predictions=tuple(zip(*predictions, strict=True)),
+        images_uint8=clips_BTHWC[:, steps * video.tubelet].flatten(0, 1).numpy(),
+        labels=tuple(class_names[label] for label in labels for _ in steps),
+        predictions=tuple(names for names in by_sample for _ in steps),
         budgets=tuple(budgets),
         expert=np.stack(experts),
         widths=model.config.nesting.widths,
     )
+
+
+def _first_samples(batch: Batch, count: int) -> tuple[torch.Tensor, list[int]]:
+    """Pixels and labels of a few samples; of several views the one in the middle."""
+    rows = slice(batch.views // 2, count * batch.views, batch.views)
+    return batch.pixels_RTHWC[rows], batch.labels_R[rows].tolist()

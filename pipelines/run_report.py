@@ -16,6 +16,7 @@ from pipelines.report import ReportContent, figure_files, write_report
 from pipelines.results import RESULTS, Results, read_results, write_results
 from pipelines.routing import routing_examples
 from pipelines.routing_examples import RoutingExamples
+from pipelines.storage import place
 
 REPORT = "report.html"
 ROUTING_BUDGETS = (0.3, 0.5, 0.7)
@@ -87,13 +88,13 @@ def _routing(run: Path, config: RunConfig) -> RoutingExamples:
     model = build_model(config.model)
     load_weights(checkpoint, model)
     budgets = config.model.nesting.reachable(ROUTING_BUDGETS)
-    names = read_manifest(config.data.root / "val").class_names
+    names = read_manifest(place(config.data.root) / "val").class_names
     return routing_examples(model, validation_stream(config), budgets, names)
 
 
 def _summary(run: Path, config: RunConfig) -> tuple[tuple[str, str], ...]:
     model = build_model(config.model)
-    train = read_manifest(config.data.root / "train")
+    train = read_manifest(place(config.data.root) / "train")
     parameters = sum(p.numel() for p in model.parameters())
     sizes = config.model
     return (

@@ -26,6 +26,7 @@ from pipelines.data.order import steps_per_epoch
 from pipelines.errors import DatasetError, RunError, RunFailedError
 from pipelines.files import read_json, write_json
 from pipelines.metrics import METRICS, MetricRow, read_rows, rewind
+from pipelines.storage import place
 from pipelines.terminal import Terminal
 from pipelines.tracking import Tracker
 from pipelines.train import Outcome
@@ -49,7 +50,14 @@ _MAY_CHANGE = (
     "tracking.model",
     "data.root",
     "data.embedded",
-    "data.threads",
+    "data.reader",
+    "data.read.threads",
+    "data.read.prefetch",
+    "data.read.check",
+    "data.read.remote",
+    "data.read.cache",
+    "data.read.cache_gib",
+    "data.read.corrupt_share",
 )
 
 
@@ -107,7 +115,7 @@ def resolve(config: RunConfig) -> RunConfig:
         DatasetError: The data is not there, is less than a batch, or training and validation
             differ in classes.
     """
-    root = config.data.root.expanduser().absolute()
+    root = place(config.data.root).absolute()
     start = config.train.start_from
     train, val = read_manifest(root / "train"), read_manifest(root / "val")
     if train.classes != val.classes:
@@ -121,7 +129,7 @@ def resolve(config: RunConfig) -> RunConfig:
     return dataclasses.replace(
         config,
         out=config.out.expanduser().absolute(),
-        data=dataclasses.replace(config.data, root=root),
+        data=dataclasses.replace(config.data, root=str(root)),
         model=dataclasses.replace(config.model, num_classes=len(train.classes)),
         train=dataclasses.replace(config.train, start_from=start and start.expanduser().absolute()),
     )
@@ -187,15 +195,16 @@ def _check_data(config: RunConfig) -> None:
     changed = [part for part, digest in _data_digests(config).items() if began[part] != digest]
     if changed:
         raise RunError(
-            f"the data in {config.data.root / changed[0]} is not what {config.out} began with (its "
+            f"the data in {config.data.root}/{changed[0]} is not what {config.out} began with (its "
             f"{MANIFEST} is another); give that data with --data.root, or start a new run with "
             f"--out"
         )
 
 
 def _data_digests(config: RunConfig) -> dict[str, str]:
-    manifests = {part: config.data.root / part / MANIFEST for part in ("train", "val")}
-    return {p: hashlib.sha256(path.read_bytes()).hexdigest() for p, path in manifests.items()}
+    root = place(config.data.root)
+    manifests = {part: root / part / MANIFEST for part in ("train", "val")}
+    return {p: hashlib.sha256(found.read_bytes()).hexdigest() for p, found in manifests.items()}
 
 
 def check_start(config: RunConfig) -> Report | None:

@@ -8,7 +8,7 @@ Losses stay on the device; the host looks once per metric row (`_training_row`).
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -20,13 +20,13 @@ from torch.optim import AdamW
 
 from cluster.backends import Backend, Placed
 from mone_core.load import load_sums, summary
-from mone_core.losses import softmax_loss
+from mone_core.losses import sigmoid_loss, softmax_loss
 from mone_core.models import ViT
 from pipelines.checkpoint import Checkpoints
 from pipelines.config import RunConfig
-from pipelines.data.batch import Batch, model_input
+from pipelines.data.batch import Batch
 from pipelines.data.order import Position, mix64
-from pipelines.data.stream import EvalStream, TrainStream
+from pipelines.data.stream import EvalStream
 from pipelines.errors import RunFailedError
 from pipelines.evaluate import score
 from pipelines.gradients import clip_gradients, compute_gradients
@@ -34,6 +34,7 @@ from pipelines.load import LoadTable
 from pipelines.metrics import MetricRow
 from pipelines.optim import learning_rate, set_learning_rate
 
+LOSSES = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
 _NOISE = 1  # tells the seed of a step's noise from that of its budget
 
 
@@ -65,6 +66,24 @@ class Reporter(Protocol):
         ...
 
 
+class TrainBatches(Protocol):
+    """Where training batches come from."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the dataset."""
+        ...
+
+    @property
+    def skipped(self) -> int:
+        """Samples that this rank could not decode since it started."""
+        ...
+
+    def batches(self, start: Position) -> Generator[tuple[Batch, Position], None, None]:
+        """Batches from a position on, without end, each with the position that follows it."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """Everything that one training process works with.
@@ -82,7 +101,7 @@ class Run:
     model: Placed
     experts: frozenset[str]
     optimizer: AdamW
-    stream: TrainStream
+    stream: TrainBatches
     validation: EvalStream
     checkpoints: Checkpoints
     reporter: Reporter
@@ -147,12 +166,13 @@ def _loss(run: Run, batch: Batch, budget: float, loads: list[Tensor]) -> Tensor:
     How full the experts were goes to `loads`.
     """
     run.core.set_effective_capacity(budget)
-    output = run.model(model_input(batch.pixels_BHWC))
+    output = run.model(batch.inputs())
     if output.dispatched:
         model = run.config.model
         loads.append(load_sums(output.dispatched, model.dims, routing=model.experts.routing))
+    targets = batch.targets(run.config.model.num_classes)
     smoothing = run.config.optim.label_smoothing
-    loss_B = softmax_loss(output.logits_BK, batch.labels_B, label_smoothing=smoothing)
+    loss_B = LOSSES[run.config.train.loss](output.logits_BK, targets, label_smoothing=smoothing)
     loss: Tensor = loss_B.mean() + output.aux_loss
     return loss
 
@@ -219,11 +239,20 @@ class _Window:
                 "images_per_second": images / seconds,
             }
             | _alpha(run.core)
+            | self._skipped()
             | self._of_experts(load),
             load=load,
         )
         self._restart()
         return row
+
+    def _skipped(self) -> dict[str, float]:
+        """Samples that did not decode, over all ranks since they started."""
+        run = self._run
+        if run.config.data.read.on_corrupt == "raise":
+            return {}
+        mine = torch.tensor(float(run.stream.skipped), device=run.backend.device)
+        return {"data/skipped": run.backend.sum_over_ranks(mine, "counting bad samples").item()}
 
     def _of_experts(self, load: LoadTable | None) -> dict[str, float]:
         if load is None:

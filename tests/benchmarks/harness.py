@@ -372,7 +372,12 @@ def commit() -> str:
     told = _git("rev-parse", "--short=12", "HEAD")
     if told is None:
         return "unknown"
-    measured = (":/mone_core", ":/cluster/backends", ":/tests/benchmarks/*.py")
+    measured = (
+        ":/mone_core",
+        ":/cluster/backends",
+        ":/pipelines/data",
+        ":/tests/benchmarks/*.py",
+    )
     changed = _git("status", "--porcelain", "--", *measured)
     return f"{told}-dirty" if changed else told
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mone_core.losses import (
@@ -11,6 +12,7 @@ from mone_core.losses import (
     importance_loss,
     load_loss,
     router_z_loss,
+    sigmoid_loss,
     softmax_loss,
 )
 from mone_core.nested import Layout
@@ -58,6 +60,87 @@ def test_half_precision_scores_are_scored_in_float32():
 
     assert loss_B.dtype == torch.float32
     torch.testing.assert_close(loss_B, softmax_loss(logits.float(), labels))
+
+
+def random_shares(rows, classes):
+    return torch.rand(rows, classes, dtype=torch.float64).pow(4).softmax(1)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_the_softmax_loss_of_shares_is_their_cross_entropy(smoothing):
+    logits, shares = torch.randn(4, 7, dtype=torch.float64), random_shares(4, 7)
+    target = (1 - smoothing) * shares + smoothing / 7
+    by_hand = -(target * (logits.exp() / logits.exp().sum(1, keepdim=True)).log()).sum(1)
+
+    loss_B = softmax_loss(logits, shares, label_smoothing=smoothing)
+
+    torch.testing.assert_close(loss_B, by_hand)
+    theirs = F.cross_entropy(logits, shares, label_smoothing=smoothing, reduction="none")
+    torch.testing.assert_close(loss_B, theirs)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_the_sigmoid_loss_is_binary_cross_entropy_summed_over_classes(smoothing):
+    logits, shares = torch.randn(4, 7, dtype=torch.float64), random_shares(4, 7)
+    target = (1 - smoothing) * shares + smoothing / 7
+    chance = 1 / (1 + (-logits).exp())
+    by_hand = -(target * chance.log() + (1 - target) * (1 - chance).log()).sum(1)
+
+    torch.testing.assert_close(sigmoid_loss(logits, shares, label_smoothing=smoothing), by_hand)
+
+
+@pytest.mark.parametrize("loss", [softmax_loss, sigmoid_loss])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_labels_cost_what_whole_shares_do(loss, smoothing):
+    logits, labels = torch.randn(5, 6, dtype=torch.float64), torch.tensor([0, 5, 2, 2, 1])
+    whole = F.one_hot(labels, 6).double()
+
+    by_label = loss(logits, labels, label_smoothing=smoothing)
+
+    torch.testing.assert_close(by_label, loss(logits, whole, label_smoothing=smoothing))
+
+
+def test_scores_at_a_bias_of_minus_ten_cost_ten_for_the_own_class_alone():
+    """V-MoE's head starts there: 21,843 classes cost hardly more than the one that is missed."""
+    loss_B = sigmoid_loss(torch.full((2, 21_843), -10.0), torch.tensor([0, 9]))
+
+    expected = 10 + 21_843 * math.log1p(math.exp(-10))
+    torch.testing.assert_close(loss_B, torch.full((2,), expected))
+
+
+@pytest.mark.parametrize("loss", [softmax_loss, sigmoid_loss])
+@pytest.mark.parametrize("soft", [False, True])
+def test_losses_of_half_precision_scores_are_those_of_float32(loss, soft):
+    logits = torch.randn(3, 1000).bfloat16()
+    targets = random_shares(3, 1000).bfloat16() if soft else torch.tensor([1, 2, 999])
+
+    loss_B = loss(logits, targets)
+
+    assert loss_B.dtype == torch.float32
+    torch.testing.assert_close(loss_B, loss(logits.float(), targets.float() if soft else targets))
+
+
+@pytest.mark.parametrize("loss", [softmax_loss, sigmoid_loss])
+def test_scores_of_any_size_cost_a_finite_amount(loss):
+    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 0.0, 1e4]], requires_grad=True)
+
+    loss_B = loss(logits, torch.tensor([1, 0]))
+    loss_B.sum().backward()
+
+    assert loss_B.isfinite().all()
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("loss", "chance"), [(softmax_loss, torch.softmax), (sigmoid_loss, None)])
+def test_the_gradient_is_chance_less_target(loss, chance):
+    logits = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
+    shares = random_shares(4, 7)
+
+    (gradient,) = torch.autograd.grad(loss(logits, shares, label_smoothing=0.3).sum(), logits)
+
+    chances = chance(logits, 1) if chance else logits.sigmoid()
+    torch.testing.assert_close(gradient, chances - (0.7 * shares + 0.3 / 7))
+    assert torch.autograd.gradcheck(lambda x: loss(x, shares), logits)
 
 
 def random_probs(*shape):

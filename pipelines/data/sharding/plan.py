@@ -1,218 +1,289 @@
-"""Which members of an archive become samples, and which shard each goes into.
+"""Which samples of an archive go into which shard: arithmetic on hashes, no bytes and no files.
 
-Works on arrow tables of descriptions (`MEMBERS`), never on image bytes: the writing is `pack`'s,
-the fanning out over machines `shards`'. A plan depends on archive, seed and shard size alone.
+Every key has an order hash. Shards are ranges of it, cut from a histogram, so that deciding takes
+the same memory for a hundred samples as for a billion. What was scanned lies in files (`scanned`);
+the bytes are `pack`'s, the fanning out over machines `shards`'. A plan depends on archive, seed
+and shard size alone.
 """
 
 import hashlib
-import itertools
+import json
 import math
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
+import numpy as np
+from numpy.typing import NDArray
 
-from pipelines.data.archive import DIRECTORY, scan_tar
-from pipelines.data.manifest import SkippedSample, SourceRecord
+from pipelines.data.manifest import Resized
+from pipelines.data.sources.base import Source, Unit
 from pipelines.errors import ArchiveError
+from pipelines.storage import Place
 
 SHARD_BYTES = 256 * 2**20
-REPEATED = "has the key of an earlier member"
-KNOWN = "is in the dataset already (same key)"
-MEMBERS = pa.struct(
-    [
-        ("tar", pa.int32()),  # position in ShardJob.tars
-        ("label", pa.int32()),
-        ("key", pa.string()),
-        ("member", pa.string()),
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-        ("problem", pa.string()),  # null: a sample
-        ("order", pa.uint64()),  # hash that shuffles
-    ]
-)
+BIN_BITS = 20
+BINS = 1 << BIN_BITS
+ALL = "all"
+HASH_SPLIT = ("train", "val")
+DIGEST_CHARS = 16
+SHARD_NAME = re.compile(r"shard-(\d{6,})\.tar")
 
 
-Part = Literal["all", "train", "val"]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """A part of an archive that becomes a dataset folder of its own.
+
+    Attributes:
+        name: "all", a split of the release, or a side of the split by hash.
+        out: The dataset folder.
+    """
+
+    name: str
+    out: Place
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardJob:
-    """One dataset version in the making; travels to every task.
+    """One scan of an archive and what is made of it; travels to every task, once.
 
     Attributes:
-        archive: As the user called it, for messages.
-        out: The dataset folder, absolute.
-        tars: The archive's tars, absolute, sorted.
-        source: What the manifest will say about the archive.
-        classes: Synsets in label order.
+        source: The archive, as what can be scanned.
+        units: A hash of every unit of the source, see `unit_digest`; names what was scanned.
+        parts: What is made; members of no part are left alone.
+        scratch: Folder of what is unfinished: results of scans.
+        classes: Class names in label order; None while they are not known yet.
         seed: Seed of the shuffle.
-        samples_per_shard: Upper limit.
-        max_bad_fraction: Share of the members that may be unusable.
-        first_shard: Number of the first new shard.
-        part: Which members to take: all, or one side of the split that holds out validation.
-        val_fraction: Share of the members that this split holds out.
+        val_fraction: Share of the samples on the "val" side of a split by hash.
+        resized: How images are re-encoded; None: not at all.
     """
 
-    archive: Path
-    out: Path
-    tars: tuple[Path, ...]
-    source: SourceRecord
-    classes: tuple[str, ...]
+    source: Source
+    units: tuple[str, ...]
+    parts: tuple[Part, ...]
+    scratch: Place
+    classes: tuple[str, ...] | None
     seed: int
-    samples_per_shard: int
-    max_bad_fraction: float
-    first_shard: int
-    part: Part = "all"
     val_fraction: float = 0.0
+    resized: Resized | None = None
 
-    def member_name(self, row: dict[str, Any]) -> str:
-        """A member as messages and manifest call it: tar, slash, name in the tar."""
-        return f"{self.tars[row['tar']].name}/{row['member']}"
+    def part_of(self, key: str, split: str | None) -> int | None:
+        """Position of the part that a member belongs to; None: it is in none of them.
+
+        A problem that belongs to no split, such as damage, is told with the first part.
+        """
+        names = [part.name for part in self.parts]
+        if names == [ALL]:
+            return 0
+        if self.source.splits:
+            name = split or names[0]
+        else:
+            held_out = order_hash("split", key) < self.val_fraction * 2**64
+            name = HASH_SPLIT[held_out]
+        return names.index(name) if name in names else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PlannedShard:
-    """What a shard will hold, and a hash of that."""
+class ShardRange:
+    """A shard that will hold the samples whose order hash falls into bins `first` to `last` - 1."""
 
     number: int
-    name: str
-    digest: str
-    members: pa.Table
+    part: int
+    first: int
+    last: int
 
-    def work(self) -> pa.Table:
-        """The plan as one row, which Ray Data cannot split."""
-        rows = self.members.to_struct_array().combine_chunks()
-        members = pa.ListArray.from_arrays(pa.array([0, len(rows)], pa.int32()), rows)
-        return pa.table(
-            [[self.number], [self.name], [self.digest], members],
-            names=["number", "name", "digest", "members"],
-        )
+    @property
+    def name(self) -> str:
+        """File name of the shard."""
+        return f"shard-{self.number:06d}.tar"
 
 
-def tar_rows(job: ShardJob, tar: int) -> list[dict[str, Any]]:
-    """Every member of a tar, if it is of the job's part, as a row of `MEMBERS`.
+@dataclass(kw_only=True, slots=True)
+class PartCount:
+    """What was found of one part: numbers alone, added up over the units.
 
-    Raises:
-        ArchiveError: The tar is damaged or cannot be read.
+    Attributes:
+        samples, bytes: Of the members that become samples, repeated keys included.
+        problems: Members that cannot be used.
+        lost: Bytes of the archive that damage made unreadable.
+        unlabelled: Samples without a class.
+        classes: Class -> samples.
     """
-    path = job.tars[tar]
-    label = job.classes.index(path.stem)
-    return [
-        {
-            "tar": tar,
-            "label": label,
-            "key": member.key,
-            "member": member.name,
-            "offset": member.offset,
-            "size": member.size,
-            "problem": member.problem,
-            "order": _hash(job.seed, member.key),
-        }
-        for member in scan_tar(path)
-        if _in_part(job, member.key)
-    ]
+
+    samples: int = 0
+    bytes: int = 0
+    problems: int = 0
+    lost: int = 0
+    unlabelled: int = 0
+    classes: dict[str, int] = field(default_factory=dict)
+
+    def add(self, other: "PartCount") -> None:
+        """Add another unit's numbers."""
+        self.samples += other.samples
+        self.bytes += other.bytes
+        self.problems += other.problems
+        self.lost += other.lost
+        self.unlabelled += other.unlabelled
+        for name, samples in other.classes.items():
+            self.classes[name] = self.classes.get(name, 0) + samples
+
+    @property
+    def bad(self) -> int:
+        """Members that cannot be used, and about how many more the damage has cost."""
+        mean = self.bytes / self.samples if self.samples else 0
+        return self.problems + (math.ceil(self.lost / mean) if mean else 0)
 
 
-def _in_part(job: ShardJob, key: str) -> bool:
-    """Which side of the split a sample is on depends on its key alone, for good."""
-    if job.part == "all":
-        return True
-    held_out = _hash("split", key) < job.val_fraction * 2**64
-    return held_out == (job.part == "val")
-
-
-def _hash(purpose: int | str, key: str) -> int:
+def order_hash(purpose: int | str, key: str) -> int:
+    """64 bits that depend on a purpose (the shuffle's is its seed) and a key alone."""
     digest = hashlib.blake2b(f"{purpose} {key}".encode(), digest_size=8)
     return int.from_bytes(digest.digest(), "big")
 
 
-def check_quality(job: ShardJob, members: pa.Table) -> None:
-    """Refuse an archive without images, or with too large a share of unusable members.
+def unit_digest(unit: Unit, content: str = "") -> str:
+    """A short hash of what tells whether a unit was scanned before.
 
-    Directories are not counted; whatever else is no image that decodes is.
-
-    Raises:
-        ArchiveError: Says how many, the limit, and the first three with their reasons.
+    Args:
+        unit: A piece of an archive.
+        content: What else is known about it: a hash of both its ends, or of its list of files.
     """
-    files = members.filter(pc.fill_null(pc.not_equal(members["problem"], DIRECTORY), True))
-    bad = files.filter(pc.is_valid(files["problem"]))
-    tars = f"{len(job.tars)} tars"
-    if files.num_rows == 0:
-        raise ArchiveError(
-            f"archive {job.archive} holds no images: its {tars} are empty; fetch it again"
-        )
-    first = "; ".join(
-        f"{job.member_name(row)} {row['problem']}" for row in bad.slice(0, 3).to_pylist()
-    )
-    if bad.num_rows == files.num_rows:
-        raise ArchiveError(
-            f"archive {job.archive} holds no images: none of the {files.num_rows} files in its "
-            f"{tars} can be used: {first}"
-        )
-    share = bad.num_rows / files.num_rows
-    if share > job.max_bad_fraction:
-        raise ArchiveError(
-            f"{bad.num_rows} of the {files.num_rows} files in archive {job.archive} cannot be used "
-            f"({share:.2%}, the limit is {job.max_bad_fraction:.2%}): {first}; mend the archive or "
-            "raise max_bad_fraction"
-        )
+    told = (unit.kind, unit.path, unit.name, unit.size, unit.start, unit.class_name, unit.split)
+    return short_digest([*told, content])
 
 
-def mark_repeats(members: pa.Table, known_keys: pa.ChunkedArray) -> pa.Table:
-    """Give a problem to images whose key the dataset, or an earlier member, has already."""
-    rows = members.append_column("row", pa.array(range(members.num_rows), pa.int64()))
-    images = rows.filter(pc.is_null(rows["problem"]))
-    first = images.group_by("key").aggregate([("row", "min")])["row_min"].combine_chunks()
-    known = pc.is_in(rows["key"], value_set=known_keys.combine_chunks())
-    nothing = pa.scalar(None, pa.string())
-    problem = pc.coalesce(
-        rows["problem"],
-        pc.if_else(known, KNOWN, nothing),
-        pc.if_else(pc.is_in(rows["row"], value_set=first), nothing, REPEATED),
-    )
-    return members.set_column(members.schema.get_field_index("problem"), "problem", problem)
+def scan_digest(source: Source, *, seed: int, parts: Sequence[str], val_fraction: float) -> str:
+    """A short hash of all that the result of a scan depends on beside the unit."""
+    listed = source.listed and [
+        [stem, row.class_name, row.split] for stem, row in source.listed.items()
+    ]
+    told = [source.layout, source.archive.where, source.media, list(source.splits), listed]
+    return short_digest([*told, seed, list(parts), val_fraction])
 
 
-def skipped_samples(job: ShardJob, members: pa.Table) -> tuple[SkippedSample, ...]:
-    """The members that have a problem, for the manifest, in the archive's order."""
-    return tuple(
-        SkippedSample(
-            member=job.member_name(row), reason=row["problem"], version=job.source.version
-        )
-        for row in members.filter(pc.is_valid(members["problem"])).to_pylist()
-    )
+def short_digest(value: Any) -> str:
+    """The first characters of the sha256 of a value as JSON."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:DIGEST_CHARS]
 
 
-def shard_count(samples: int, image_bytes: int, samples_per_shard: int) -> int:
+def shard_count(samples: int, content_bytes: int, samples_per_shard: int) -> int:
     """How many shards to cut: as few as keep to the limits of samples and of 256 MiB."""
-    wanted = max(math.ceil(samples / samples_per_shard), math.ceil(image_bytes / SHARD_BYTES))
+    wanted = max(math.ceil(samples / samples_per_shard), math.ceil(content_bytes / SHARD_BYTES))
     return min(wanted, samples)
 
 
-def plan_shards(job: ShardJob, members: pa.Table) -> list[PlannedShard]:
-    """Shuffle the members without a problem by hash, and cut them evenly into shards."""
-    images = members.filter(pc.is_null(members["problem"]))
-    by_hash = [("order", "ascending"), ("key", "ascending")]
-    images = images.take(pc.sort_indices(images, sort_keys=by_hash))
-    total = images.num_rows
-    count = shard_count(total, pc.sum(images["size"]).as_py() or 0, job.samples_per_shard)
-    cuts = [total * i // count for i in range(count + 1)] if count else []
-    return [
-        _planned(job, job.first_shard + i, images.slice(start, end - start))
-        for i, (start, end) in enumerate(itertools.pairwise(cuts))
+def cut(
+    histogram: NDArray[np.int64], content_bytes: int, samples_per_shard: int
+) -> list[tuple[int, int]]:
+    """Cut the range of hashes so that all shards are about equal and none is over the limit.
+
+    Args:
+        histogram: Samples per bin [BINS]; bin b holds the hashes whose first 20 bits are b.
+        content_bytes: Bytes of all samples.
+        samples_per_shard: Upper limit; more only where one bin alone holds more.
+
+    Returns:
+        First bin and the one behind the last of every shard; none is without samples.
+    """
+    up_to = np.cumsum(histogram)
+    total = int(up_to[-1])
+    if not total:
+        return []
+    limit = max(samples_per_shard, int(histogram.max()))
+    count = shard_count(total, content_bytes, samples_per_shard)
+    while True:
+        targets = total * np.arange(1, count + 1, dtype=np.int64) // count
+        ends = np.unique(np.searchsorted(up_to, targets)) + 1  # bins behind each shard's last
+        sizes = np.diff(up_to[ends - 1], prepend=0)
+        if sizes.max() <= limit:
+            return list(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True))
+        count += 1
+
+
+def grouped(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Positions of neighbours whose sizes add up to at most `most`, or of one that is larger."""
+    groups: list[list[int]] = []
+    room = 0
+    for at, size in enumerate(sizes):
+        if not groups or size > room:
+            groups.append([])
+            room = most
+        groups[-1].append(at)
+        room -= size
+    return groups
+
+
+def check_quality(
+    source: Source, count: PartCount, first: str, *, max_bad_fraction: float, kept: str
+) -> None:
+    """Refuse an archive without samples, or with too large a share of unusable members.
+
+    Args:
+        source: The archive.
+        count: What a scan of it found, all parts together.
+        first: The first unusable members with their reasons, for the message.
+        max_bad_fraction: Share that may be unusable.
+        kept: Where the result of the scan lies, so that a user knows what a rerun costs.
+
+    Raises:
+        ArchiveError: Says how many, the limit, and the first with their reasons.
+    """
+    what = f"archive {source.archive}"
+    samples = f"{source.media}s"
+    if not count.samples and not count.problems:
+        raise ArchiveError(f"{what} holds no {samples}: its {len(source.units)} pieces are empty")
+    files = count.samples + count.bad
+    if not count.samples:
+        raise ArchiveError(
+            f"{what} holds no {samples}: none of its {files} files can be used: {first}"
+        )
+    share = count.bad / files
+    if share > max_bad_fraction:
+        about = "about " if count.lost else ""
+        raise ArchiveError(
+            f"{about}{count.bad} of the {files} files in {what} cannot be used "
+            f"({share:.2%}, the limit is {max_bad_fraction:.2%}): {first}; mend the archive or "
+            f"raise --max-bad-fraction (what was found is kept in {kept} for the next run)"
+        )
+
+
+def check_labels(source: Source, part: str, count: PartCount) -> None:
+    """Refuse a part of which some samples have a class and others have none.
+
+    Raises:
+        ArchiveError: Names the part and both numbers.
+    """
+    if count.unlabelled and count.unlabelled < count.samples:
+        splits = ", ".join(source.splits) or "none"
+        raise ArchiveError(
+            f"archive {source.archive}: {count.unlabelled} of the {count.samples} samples of part "
+            f"{part!r} have no class; shard its splits ({splits}) apart"
+        )
+
+
+def check_classes(
+    source: Source, found: Mapping[str, int | None], classes: Sequence[str] | None
+) -> None:
+    """Refuse classes that a given list lacks.
+
+    Args:
+        source: The archive.
+        found: Class -> samples; None: not counted yet.
+        classes: The list; None: every class is fine.
+
+    Raises:
+        ArchiveError: Names up to five of them with their numbers of samples.
+    """
+    unknown = sorted(set(found) - set(classes)) if classes is not None else []
+    if not unknown:
+        return
+    named = [
+        f"{name} ({found[name]} samples)" if found[name] is not None else name
+        for name in unknown[:5]
     ]
-
-
-def _planned(job: ShardJob, number: int, members: pa.Table) -> PlannedShard:
-    digest = hashlib.sha256(repr((job.source, job.classes, number)).encode())
-    for column in members.columns:
-        digest.update(repr(column.to_pylist()).encode())
-    return PlannedShard(
-        number=number,
-        name=f"shard-{number:06d}.tar",
-        digest=digest.hexdigest(),
-        members=members,
+    raise ArchiveError(
+        f"archive {source.archive} has {len(unknown)} classes that the list of "
+        f"{len(classes or ())} classes lacks: {', '.join(named)}"
+        f"{', ...' if len(unknown) > 5 else ''}; take them out, add them to the list, or make "
+        "a dataset of its own"
     )

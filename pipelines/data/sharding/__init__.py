@@ -1,0 +1,1 @@
+"""From a recognised archive to WebDataset shards, an index and a manifest."""

@@ -1,0 +1,180 @@
+"""The end of sharding: side files of finished shards into index and manifest, the manifest last.
+
+One shard's rows are in memory at a time. Readers see the dataset as it was until the manifest is
+there. What makes the side files is `pack`.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.data.manifest import (
+    Manifest,
+    ShardRecord,
+    SkippedSample,
+    classes_sha256,
+    index_shards,
+    seal,
+    write_index,
+    write_manifest,
+)
+from pipelines.data.sharding.pack import UNFINISHED, Repeat, read_side_file
+from pipelines.data.sharding.plan import SHARD_NAME, ShardJob, ShardRange
+from pipelines.data.sharding.scanned import file_stems, problems
+from pipelines.data.sharding.versions import Version, shard_number
+from pipelines.storage import Place
+
+NO_FILE = "has no file"
+
+
+@dataclass(kw_only=True, slots=True)
+class _Tally:
+    """What passes by while the index is written."""
+
+    per_class: np.ndarray
+    records: list[ShardRecord] = field(default_factory=list)
+    repeats: list[Repeat] = field(default_factory=list)
+    remarks: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finished:
+    """A finished version: its manifest, what it left out, and classes it has no samples of."""
+
+    manifest: Manifest
+    skipped: tuple[SkippedSample, ...]
+    empty_classes: int
+
+
+def finish(
+    job: ShardJob,
+    version: Version,
+    shards: Sequence[ShardRange],
+    part: int,
+    bad_units: Sequence[int],
+) -> Finished:
+    """Write index and manifest of a version whose shards all have their side files.
+
+    Args:
+        job: What was made of which archive; its classes are known.
+        version: The version.
+        shards: Its shards, those without samples included.
+        part: Position of its part in the job.
+        bad_units: Units that hold members with a problem.
+    """
+    out, base, classes = version.part.out, version.base, job.classes or ()
+    tally = _Tally(per_class=np.zeros(len(classes), np.int64))
+    index_sha256 = write_index(out, _index(version, shards, tally))
+    skipped = skipped_samples(job, version, part, tally.repeats, bad_units)
+    labelled = bool(tally.per_class.any())
+    records = (*(base.shards if base else ()), *tally.records)
+    names = job.source.names
+    bare = Manifest(
+        version=version.record.version,
+        media=job.source.media,
+        labelled=labelled,
+        classes=classes,
+        classes_sha256=classes_sha256(classes),
+        names=base.names if base else tuple(names.get(name, name) for name in classes if names),
+        sources=(*(base.sources if base else ()), version.record),
+        seed=job.seed,
+        samples=sum(record.samples for record in records),
+        bytes=sum(record.bytes for record in records),
+        shards=records,
+        skipped=(*(base.skipped if base else ()), *skipped),
+        remarks=dict(
+            sorted(((Counter(base.remarks) if base else Counter()) + tally.remarks).items())
+        ),
+        resized=job.resized,
+        index_sha256=index_sha256,
+    )
+    manifest = seal(bare)
+    write_manifest(out, manifest)
+    empty = int((tally.per_class == 0).sum()) if labelled else 0
+    return Finished(manifest=manifest, skipped=skipped, empty_classes=empty)
+
+
+def _index(version: Version, shards: Iterable[ShardRange], tally: _Tally) -> Iterator[pa.Table]:
+    """The old shards' rows as they were, and the new ones', whose numbers close up."""
+    out, base = version.part.out, version.base
+    if base:
+        yield from index_shards(out, range(len(base.shards)))
+    position = len(base.shards) if base else 0
+    for shard in shards:
+        side, rows = read_side_file(out, shard.name)
+        tally.repeats += side.repeats
+        if not side.record:
+            continue
+        tally.records.append(side.record)
+        labels = rows["label"].to_numpy()
+        tally.per_class += np.bincount(labels[labels >= 0], minlength=len(tally.per_class))
+        tally.remarks.update(rows["remark"].drop_null().to_pylist())
+        number = pa.repeat(pa.scalar(position, pa.int32()), rows.num_rows)
+        yield rows.set_column(rows.schema.get_field_index("shard"), "shard", number)
+        position += 1
+
+
+def skipped_samples(
+    job: ShardJob,
+    version: Version,
+    part: int,
+    repeats: Iterable[Repeat],
+    bad_units: Sequence[int],
+) -> tuple[SkippedSample, ...]:
+    """What a version leaves out, in the archive's order; then rows of lists without a file."""
+    found = [(repeat.unit, repeat.seq, repeat.name, repeat.reason) for repeat in repeats]
+    for unit in bad_units:
+        found += [
+            (unit, row["seq"], row["name"], row["reason"])
+            for row in problems(job, unit)
+            if row["part"] == part
+        ]
+    told = [(name, reason) for _, _, name, reason in sorted(found)]
+    told += [(stem, NO_FILE) for stem in _without_file(job, part)]
+    return tuple(
+        SkippedSample(member=name, reason=reason, version=version.record.version)
+        for name, reason in told
+    )
+
+
+def _without_file(job: ShardJob, part: int) -> list[str]:
+    """What the release lists of a part and does not hold."""
+    if job.source.listed is None:
+        return []
+    missing = {
+        stem for stem, row in job.source.listed.items() if job.part_of(stem, row.split) == part
+    }
+    for unit in range(len(job.units)):
+        missing.difference_update(file_stems(job, unit))
+    return sorted(missing)
+
+
+def repeats_of(out: Place, shards: Iterable[ShardRange]) -> list[Repeat]:
+    """What finished shards left out."""
+    return [repeat for shard in shards for repeat in read_side_file(out, shard.name)[0].repeats]
+
+
+def clear_all_but(version: Version, shards: Iterable[ShardRange]) -> None:
+    """Remove shards and side files that an interrupted run left and this one does not make."""
+    out = version.part.out
+    if not out.is_folder():
+        return
+    mine = {shard.name for shard in shards}
+    for entry in list(out.entries()):
+        name = entry.name
+        new = SHARD_NAME.fullmatch(name) and shard_number(name) >= version.first_shard
+        if (new and name not in mine) or _is_temporary(name):
+            (out / name).remove()
+    unfinished = out / UNFINISHED
+    if unfinished.is_folder():
+        for entry in list(unfinished.entries()):
+            name = entry.name.removesuffix(".parquet")
+            if _is_temporary(entry.name) or (SHARD_NAME.fullmatch(name) and name not in mine):
+                (unfinished / entry.name).remove()
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".shard-") and name.endswith(".tmp")
