@@ -103,7 +103,8 @@ class ShardCache:
             found = self._copy(place, part, size)
             if found != sha256:
                 raise _other_file(place, f"its sha256 is {found}, not {sha256}")
-            part.replace(path)
+            with self._lock(ROOM):  # who counts what is held sees one name or the other
+                part.replace(path)
         finally:
             part.unlink(missing_ok=True)
 

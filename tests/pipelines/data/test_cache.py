@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
-from pipelines.data.cache import CHUNK_BYTES, ShardCache
+from pipelines.data.cache import CHUNK_BYTES, LOCKS, ROOM, ShardCache
 from pipelines.errors import DatasetError
 from pipelines.storage import Place, StorageError
 from tests.object_store import bucket, s3_server
@@ -202,7 +203,7 @@ class TestRoom:
         def fetch(name: str) -> int:
             content = nearby.contents[name]
             cache.fetch(nearby.place / name, size=SIZE, sha256=sha256(content))
-            with os.scandir(cache.folder) as found:
+            with FileLock(cache.folder / LOCKS / ROOM), os.scandir(cache.folder) as found:
                 return sum(SIZE for entry in found if entry.is_file())
 
         with ThreadPoolExecutor(6) as pool:
