@@ -16,7 +16,7 @@ from pipelines.errors import PipelineError, RunFailedError, UsageError, unknown_
 
 VERBS = {
     "demo": "the whole way on embedded real data, in minutes, on this machine",
-    "shard": "raw archive of synset tars -> WebDataset shards",
+    "shard": "raw archive of images or videos -> WebDataset shards",
     "verify": "shards against their manifest",
     "train": "one run from a recipe; goes on by itself where it stopped",
     "evaluate": "one run at many compute budgets",

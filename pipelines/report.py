@@ -252,7 +252,7 @@ def _words(name: str, content: ReportContent) -> tuple[str, str]:
             "of such a block they get the attention alone.",
         )
     return (
-        "Grid of validation images with the tokens highlighted that go to the full model",
+        "Grid of validation samples with the tokens highlighted that go to the full model",
         "Outlined and in colour: tokens that the full model handles; pale: those that narrower "
         "experts handle. The tick or cross and the name are the prediction at that budget. Last "
         "column: the width each token gets, the darker the wider.",

@@ -34,6 +34,7 @@ def routing_examples(
         count: How many pictures; fewer when a batch has fewer.
     """
     video, grid = model.config.video, model.config.grid
+    class_names = without_common_words(class_names)
     steps = np.linspace(0, video.steps - 1, min(video.steps, STEPS)).round().astype(int)
     batch = next(iter(stream))
     shown = int(batch.valid_B[: max(1, count // len(steps))].sum())
@@ -54,6 +55,15 @@ def routing_examples(
         expert=np.stack(experts),
         widths=model.config.nesting.widths,
     )
+
+
+def without_common_words(names: Sequence[str]) -> list[str]:
+    """Names without the words that all of them begin with: there is little room below a picture."""
+    words = [name.split() for name in names]
+    common = 0
+    while all(len(each) > common + 1 for each in words) and len({w[common] for w in words}) == 1:
+        common += 1
+    return [" ".join(each[common:]) for each in words] if common else list(names)
 
 
 def _first_samples(batch: Batch, count: int) -> tuple[torch.Tensor, list[int]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.backends import get_backend
-from mone_core.models import build_model
+from mone_core.models import ModelConfig, build_model
 from pipelines.checkpoint import checkpoint_of, load_weights, step_of
 from pipelines.config import RunConfig, read_config, to_yaml
 from pipelines.data.manifest import read_manifest
@@ -92,6 +92,12 @@ def _routing(run: Path, config: RunConfig) -> RoutingExamples:
     return routing_examples(model, validation_stream(config), budgets, names)
 
 
+def _input(model: ModelConfig) -> str:
+    """What the model looks at."""
+    frames = model.video.frames
+    return f"{f'{frames} frames' if frames > 1 else 'images'} of {model.image_size} px"
+
+
 def _summary(run: Path, config: RunConfig) -> tuple[tuple[str, str], ...]:
     model = build_model(config.model)
     train = read_manifest(place(config.data.root) / "train")
@@ -102,11 +108,11 @@ def _summary(run: Path, config: RunConfig) -> tuple[tuple[str, str], ...]:
         (
             "Model",
             f"{sizes.family}, D={sizes.dim}, {sizes.depth} layers, {sizes.num_patches} tokens of "
-            f"{sizes.image_size} px images, widths {', '.join(map(str, sizes.nesting.widths))}",
+            f"{_input(sizes)}, widths {', '.join(map(str, sizes.nesting.widths))}",
         ),
         ("Parameters", f"{parameters:,}"),
-        ("Training images", f"{train.samples:,} in {len(train.classes)} classes"),
-        ("Steps", f"{config.train.steps:,} of {config.train.batch_size} images"),
+        ("Training samples", f"{train.samples:,} in {len(train.classes)} classes"),
+        ("Steps", f"{config.train.steps:,} of {config.train.batch_size} samples"),
         ("Workers", f"{config.parallel.num_workers} x {config.parallel.device}"),
         ("Checkpoint", checkpoint_of(run).name),
     )

@@ -242,7 +242,7 @@ def steps_done(run: Path) -> int:
 
 def _note(row: MetricRow) -> str:
     values = row.values
-    return f"loss {values['loss']:.3f}  {values['images_per_second']:.0f} images/s"
+    return f"loss {values['loss']:.3f}  {values['images_per_second']:.0f} samples/s"
 
 
 @contextmanager

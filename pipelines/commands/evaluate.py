@@ -54,8 +54,8 @@ def show_results(terminal: Terminal, results: Results) -> None:
     """The short table of an evaluation."""
     terminal.table(
         f"{results.name}, step {results.step}: one set of weights, "
-        f"{results.settings[0].samples} validation images",
-        ("effective capacity", "MMACs", "accuracy", "latency ms", "images/s"),
+        f"{results.settings[0].samples} validation samples",
+        ("effective capacity", "MMACs", "accuracy", "latency ms", "samples/s"),
         [
             (
                 f"{s.effective_capacity:.2f}",

@@ -48,14 +48,14 @@ CLIPS_TRAIN, CLIPS_VAL = 2400, 480
 VIDEOS = "20bn-something-something-v2"
 # Clockwise from the right; the number of one is its place here times an eighth of a turn.
 TEMPLATES = (
-    "Moving [something] from left to right",
-    "Moving [something] down and to the right",
+    "Moving [something] right",
+    "Moving [something] down right",
     "Moving [something] down",
-    "Moving [something] down and to the left",
-    "Moving [something] from right to left",
-    "Moving [something] up and to the left",
+    "Moving [something] down left",
+    "Moving [something] left",
+    "Moving [something] up left",
     "Moving [something] up",
-    "Moving [something] up and to the right",
+    "Moving [something] up right",
 )
 FRAMES = 16
 FRAMES_PER_SECOND = 12

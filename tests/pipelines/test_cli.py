@@ -78,15 +78,13 @@ def test_every_command_file_is_a_verb():
         ),
         ("report none", "none is not a run: it has no config.json"),
         ("verify none", "none is not a finished dataset: it has no manifest.json; make it with"),
-        ("shard none out --val-fraction 1", "--val-fraction is a share from 0 to below 1, got 1.0"),
-        (
-            "shard none out --append --val-fraction .1",
-            "--append keeps the dataset's classes; leave",
-        ),
+        ("shard none out", "none does not exist; expected is"),
+        ("shard none out --append --resize 64", "--append keeps the dataset's classes and size"),
+        ("shard none out --quality 80", "--quality 80 is that of --resize; give both or neither"),
         ("recipes --all", "recipes: unrecognized arguments: --all; see `mone recipes --help`"),
         ("submit --address http://127.0.0.1:1 -- trian", "no command called 'trian'; did you mean"),
         ("submit --address x --env A -- train", "--env takes NAME=VALUE, got 'A'"),
-        ("retrain --recipe digits --archive a", "archive a does not exist; expected is a folder"),
+        ("retrain --recipe digits --archive a", "a does not exist; expected is"),
         ("sweep --recipe digits", "sweep: the following arguments are required: --effective-capa"),
     ],
 )
@@ -162,7 +160,7 @@ def test_demo_puts_everything_below_its_folder(mone, tmp_path):
     config = merge_yaml(get_recipe("photos"), printed, source="printed")
     assert code == 0
     assert config.recipe == "digits"
-    assert (config.out, config.data.root) == (tmp_path / "d/run", tmp_path / "d/shards")
+    assert (config.out, config.data.root) == (tmp_path / "d/run", str(tmp_path / "d/shards"))
     assert config.tracking.uri == f"sqlite:///{tmp_path}/d/mlruns/mlflow.db"
 
 

@@ -7,7 +7,7 @@ import torch
 from mone_core.models import ModelConfig, VideoConfig, build_model
 from pipelines.data.batch import Batch, model_input
 from pipelines.evaluate import validation_stream
-from pipelines.routing import routing_examples
+from pipelines.routing import routing_examples, without_common_words
 from tests.pipelines import tiny
 
 BUDGETS = (0.2, 1.0)
@@ -86,3 +86,17 @@ def test_of_a_clip_its_steps_are_shown_each_with_its_own_routing(attention):
         expert_BN = model(model_input(pixels[[1, 3]])).routed[0].expert_BN
     of_steps = expert_BN.reshape(2, 6, 2, 2)[:, [0, 2, 3, 5]].flatten(0, 1)
     assert np.array_equal(found.expert[0], of_steps.numpy())
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["Moving something left", "Moving something up left"], ["left", "up left"]),
+        (["Moving it", "Moving it up"], ["it", "it up"]),
+        (["tench", "great white shark"], ["tench", "great white shark"]),
+        (["one name alone"], ["alone"]),
+        (["two  spaces", "no more"], ["two  spaces", "no more"]),
+    ],
+)
+def test_words_that_all_names_begin_with_are_not_shown(names, shown):
+    assert without_common_words(names) == shown
