@@ -4,6 +4,7 @@ Accuracy is counted over a whole validation set, over all ranks; latency is take
 process, all budgets in turn, so that a noisy machine is noisy for all of them alike.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -81,7 +82,7 @@ def _counted(
         model.set_effective_capacity(budget)
         logits_BK = _over_views(compute(inputs).logits_BK, batch.views)
         right_B = (logits_BK.argmax(dim=1) == labels_B) & valid_B
-        loss_B = softmax_loss(logits_BK, labels_B) * valid_B
+        loss_B = softmax_loss(logits_BK, labels_B).where(valid_B, 0.0)  # infinite times 0 is no 0
         rows.append(torch.stack([right_B.sum(), loss_B.sum(), valid_B.sum()]))
     return torch.stack(rows).double()
 
@@ -93,9 +94,9 @@ def _over_views(logits_RK: Tensor, views: int) -> Tensor:
     """
     if views == 1:
         return logits_RK
-    probs_BVK = logits_RK.softmax(dim=1).view(-1, views, logits_RK.shape[1])
-    log_probs_BK: Tensor = probs_BVK.mean(dim=1).log()
-    return log_probs_BK
+    # Not the logarithm of a sum of probabilities: they can be too small for a float.
+    log_probs_BVK = logits_RK.log_softmax(dim=1).view(-1, views, logits_RK.shape[1])
+    return log_probs_BVK.logsumexp(dim=1) - math.log(views)
 
 
 def latency_batch(config: ModelConfig) -> int:

@@ -72,6 +72,7 @@ def run_retraining(
         PipelineError: The archive or the dataset is not fit.
     """
     source = find_source(archive)
+    new_part(source)
     root = place(base.data.root).absolute()
     read_manifest(root / "train")
     lock = (root.local or base.out.absolute()) / LOCK  # an object store has no locks
@@ -112,6 +113,7 @@ def _add(source: Source, root: Place, terminal: Terminal) -> int:
         report = add_archive(
             source,
             root / "train",
+            part=new_part(source),
             progress=lambda what, done, total: meter.update(done, total, what),
         )
     manifest = report.manifest
@@ -120,6 +122,22 @@ def _add(source: Source, root: Place, terminal: Terminal) -> int:
         f"{manifest.samples} in all"
     )
     return manifest.version
+
+
+def new_part(source: Source) -> str:
+    """What of an archive is new training data: its own training split if it has splits.
+
+    Raises:
+        RunError: It has splits, and none to train on.
+    """
+    if not source.splits:
+        return "all"
+    if "train" not in source.splits:
+        raise RunError(
+            f"archive {source.archive} has the splits {', '.join(source.splits)} and no train; "
+            f"give the folder that holds new training data"
+        )
+    return "train"
 
 
 def _challenger_config(base: RunConfig, folder: Path, start: Path) -> RunConfig:

@@ -37,13 +37,12 @@ def routing_examples(
     class_names = without_common_words(class_names)
     steps = np.linspace(0, video.steps - 1, min(video.steps, STEPS)).round().astype(int)
     batch = next(iter(stream))
-    shown = int(batch.valid_B[: max(1, count // len(steps))].sum())
-    clips_BTHWC, labels = _first_samples(batch, shown)
+    clips_BTHWC, labels = _first_samples(batch, max(1, count // len(steps)))
     experts, predictions = [], []
     for budget in budgets:
         model.set_effective_capacity(budget)
         output = model(model_input(clips_BTHWC))
-        expert = output.routed[0].expert_BN.reshape(shown, video.steps, grid, grid)
+        expert = output.routed[0].expert_BN.reshape(-1, video.steps, grid, grid)
         experts.append(expert[:, steps].flatten(0, 1).numpy())
         predictions.append([class_names[k] for k in output.logits_BK.argmax(dim=1).tolist()])
     by_sample = list(zip(*predictions, strict=True))
@@ -67,6 +66,6 @@ def without_common_words(names: Sequence[str]) -> list[str]:
 
 
 def _first_samples(batch: Batch, count: int) -> tuple[torch.Tensor, list[int]]:
-    """Pixels and labels of a few samples; of several views the one in the middle."""
-    rows = slice(batch.views // 2, count * batch.views, batch.views)
+    """Pixels and labels of a few samples, if there are so many; of several views the middle one."""
+    rows = batch.valid_B.nonzero().flatten()[:count] * batch.views + batch.views // 2
     return batch.pixels_RTHWC[rows], batch.labels_R[rows].tolist()

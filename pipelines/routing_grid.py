@@ -75,7 +75,7 @@ class _Sheet:
 
 
 def _draw_headers(sheet: _Sheet, examples: RoutingExamples, mixed: int) -> None:
-    sheet.write("image", 0, 0.05, weight="bold")
+    sheet.write("sample", 0, 0.05, weight="bold")
     sheet.write("and its label", 0, 0.3, color=MUTED)
     tokens = examples.expert[0, 0].size
     for budget, capacity in enumerate(examples.budgets):

@@ -116,7 +116,8 @@ def resolve(config: RunConfig) -> RunConfig:
             differ in classes.
     """
     root = place(config.data.root).absolute()
-    start = config.train.start_from
+    start, read = config.train.start_from, config.data.read
+    read = dataclasses.replace(read, cache=read.cache and read.cache.expanduser().absolute())
     train, val = read_manifest(root / "train"), read_manifest(root / "val")
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))[:3]
@@ -129,7 +130,7 @@ def resolve(config: RunConfig) -> RunConfig:
     return dataclasses.replace(
         config,
         out=config.out.expanduser().absolute(),
-        data=dataclasses.replace(config.data, root=str(root)),
+        data=dataclasses.replace(config.data, root=str(root), read=read),
         model=dataclasses.replace(config.model, num_classes=len(train.classes)),
         train=dataclasses.replace(config.train, start_from=start and start.expanduser().absolute()),
     )

@@ -33,12 +33,12 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     """Run the command."""
     _add_arguments(parser)
     args = parser.parse_args(arguments)
-    if args.append and (args.classes or args.resize):
+    if args.append and (args.classes or args.resize is not None):
         raise UsageError(
             "--append keeps the dataset's classes and size of images; leave out --classes and "
             "--resize"
         )
-    if args.quality is not None and not args.resize:
+    if args.quality is not None and args.resize is None:
         raise UsageError(f"--quality {args.quality} is that of --resize; give both or neither")
     classes = read_classes(args.classes) if args.classes else None
     source = find_source(args.archive, args.layout)
@@ -148,6 +148,11 @@ def _shard(
             max_bad_fraction=args.max_bad_fraction,
             progress=progress,
         )
+    if parts[0].out != args.out.absolute() and (args.out / MANIFEST).is_file():
+        raise UsageError(
+            f"--append to {args.out}, which is one dataset, would mix the parts of the archive "
+            f"({', '.join(part.name for part in parts)}); give the folder that holds one for each"
+        )
     return (
         add_archive(
             source,
@@ -162,7 +167,8 @@ def _shard(
 def _resized(args: argparse.Namespace) -> Resized | None:
     if args.resize is None:
         return None
-    return Resized(short_side=args.resize, quality=args.quality or QUALITY)
+    quality = QUALITY if args.quality is None else args.quality
+    return Resized(short_side=args.resize, quality=quality)
 
 
 def _progress(meter: Meter) -> Progress:

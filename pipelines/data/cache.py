@@ -87,13 +87,20 @@ class ShardCache:
             DatasetError: What lies there is another file, or the disk is full.
             StorageError: The object store cannot be reached, or has no such file.
         """
-        path = self.folder / f"{sha256[:32]}-{place.name}"
+        path = self._path(place, sha256)
         if not _touch(path, size):
             with self._lock(path.name):
                 # While this one waited for the lock, another may have brought the file.
                 if not _touch(path, size):
                     self._download(place, path, size, sha256)
         return path
+
+    def drop(self, place: Place, *, sha256: str) -> None:
+        """Remove the copy of a shard, in which something is wrong; the next fetch downloads it."""
+        self._path(place, sha256).unlink(missing_ok=True)
+
+    def _path(self, place: Place, sha256: str) -> Path:
+        return self.folder / f"{sha256[:32]}-{place.name}"
 
     def _download(self, place: Place, path: Path, size: int, sha256: str) -> None:
         part = path.with_name(path.name + PART)

@@ -4,7 +4,8 @@ Of 14 million samples that is 24 bytes each. Keys, which only messages need, sta
 are read a row group (a shard) at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
@@ -14,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipelines.data.manifest import INDEX, MANIFEST, Manifest
+from pipelines.data.manifest import INDEX, INDEX_SCHEMA, MANIFEST, Manifest
 from pipelines.errors import DatasetError
-from pipelines.storage import Place
+from pipelines.storage import Place, plain_errors
 
 _GROUPS = 64  # row groups read at a time: of a quarter million samples, some 10 MB
 _KEPT_KEYS = 8  # shards whose keys are kept
@@ -47,8 +48,9 @@ class Index:
         """Open the index; nothing but its footer is read.
 
         Raises:
-            DatasetError: There is none, it cannot be read, or it lists other shards or counts of
+            DatasetError: There is none, it is no index, or it lists other shards or counts of
                 samples than the manifest.
+            StorageError: The object store that it lies in cannot be reached.
         """
         self._folder, self._manifest, self._lock = folder, manifest, Lock()
         place = folder / INDEX
@@ -56,10 +58,10 @@ class Index:
             raise DatasetError(
                 f"{folder} has a manifest but no {INDEX}; restore it or make the shards again"
             )
-        try:
+        with self._reading():
             self._file = pq.ParquetFile(place.open(), pre_buffer=True)
-        except pa.ArrowException as error:
-            raise self._unreadable(error) from error
+        if not self._file.schema_arrow.equals(INDEX_SCHEMA):
+            raise self._unreadable("its columns are others")
         self._check_counts()
         self._keys = lru_cache(maxsize=_KEPT_KEYS)(self._read_keys)
 
@@ -68,6 +70,7 @@ class Index:
 
         Raises:
             DatasetError: They cannot be read, or place a sample outside its shard or classes.
+            StorageError: The object store that they lie in cannot be reached.
         """
         samples = self._manifest.samples
         columns = Columns(
@@ -93,15 +96,25 @@ class Index:
             return str(self._keys(shard)[row])
 
     def _read(self, groups: Sequence[int]) -> dict[str, NDArray[np.int64]]:
-        try:
+        with self._reading():
             table = self._file.read_row_groups(list(groups), columns=_NAMES)
             return {name: table[name].to_numpy() for name in _NAMES}
-        except (pa.ArrowException, OSError) as error:
-            raise self._unreadable(error) from error
 
     def _read_keys(self, shard: int) -> list[str]:
-        keys: list[str] = self._file.read_row_group(shard, columns=["key"])["key"].to_pylist()
+        with self._reading():
+            keys: list[str] = self._file.read_row_group(shard, columns=["key"])["key"].to_pylist()
         return keys
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Tell what goes wrong: with the store that the index lies in, or with the index."""
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            if self._folder.local is None and isinstance(error, OSError):
+                with plain_errors(self._folder / INDEX):
+                    raise
+            raise self._unreadable(str(error).partition("\n")[0]) from error
 
     def _check_counts(self) -> None:
         shards, footer = self._manifest.shards, self._file.metadata
@@ -136,11 +149,8 @@ class Index:
                 f"{len(self._manifest.classes)} classes; {repair(self._folder)}"
             )
 
-    def _unreadable(self, error: Exception) -> DatasetError:
-        said = str(error).partition("\n")[0]
-        return DatasetError(
-            f"{self._folder / INDEX} cannot be read: {said}; {repair(self._folder)}"
-        )
+    def _unreadable(self, why: str) -> DatasetError:
+        return DatasetError(f"{self._folder / INDEX} cannot be read: {why}; {repair(self._folder)}")
 
 
 def repair(folder: Place) -> str:

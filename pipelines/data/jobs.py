@@ -58,6 +58,7 @@ class TrainJob:
 
     def fill(self, first: int, after: int) -> None:
         """Make some of the rows and their weights."""
+        self.maker.damage.read(after - first)
         before = 0 if self.mix_BM is None else len(self.samples) - len(self.mix_BM)
         for row in range(first + self.repeated, after + self.repeated):
             wanted = self.samples[row]
@@ -68,7 +69,6 @@ class TrainJob:
             if self.mix_BM is not None and row >= before:
                 weights = mixing_weights(self.augment, self.seed, self.epoch, wanted)
                 self.mix_BM[row - before] = weights
-        self.maker.damage.read(after - first)
 
     def finish(self) -> tuple[Batch, Position]:
         """The batch, and the position after it."""
@@ -110,13 +110,13 @@ class TestJob:
 
     def fill(self, first: int, after: int) -> None:
         """Make the views of some of the samples."""
+        self.maker.damage.read(after - first)
         for place in range(first, after):
             pixels = self.maker.test(self.samples[place])
             if pixels is None:
                 self.valid_B[place] = False
             else:
                 self.pixels_BVTHWC[place] = pixels
-        self.maker.damage.read(after - first)
 
     def finish(self) -> Batch:
         """The batch, black where there is no sample."""

@@ -126,9 +126,9 @@ class RayStream(TrainStream):
         told = json.loads(piece["told"][0].as_py())
         if "error" in told:
             raise DatasetError(told["error"])
+        self._maker.damage.read(end - first)
         for name, why in told["skipped"]:
             self._maker.damage.skip(name, why)
-        self._maker.damage.read(end - first)
         for column, target in _columns(job, first, end).items():
             source = np.frombuffer(piece[column][0].as_buffer(), target.dtype)
             target[...] = source.reshape(target.shape)
@@ -163,7 +163,7 @@ class _Remote(TrainStream):
         window = (epoch, self._order.window_of(step))
         if window != self._fetched:
             self._fetched = window
-            self._reader.prefetch(self._order.shards_ahead(epoch, step, self._first, self._rows))
+            self._reader.prefetch(self._order.shards_ahead(epoch, step, *self._read_rows))
         job = self._job(epoch, step, Position(seed=self._order.seed, epoch=epoch, step=step))
         noted = job.maker.damage = _Noted(self._reader.folder, 1.0, 0)
         job.fill(first, end)

@@ -76,26 +76,44 @@ class SampleReader:
     def read(self, sample: int) -> bytes:
         """The original bytes of a sample.
 
+        A copy in the cache that has gone bad is fetched again; where the object store has the same
+        bytes, the sample is what is damaged.
+
         Raises:
             DamagedSampleError: The shard ends before them, or their crc32 is another one.
             DatasetError: The shard cannot be read.
         """
         shard = bisect_right(self._starts, sample) - 1
-        size = int(self._columns.sizes[sample])
+        data = self._bytes(shard, sample)
+        damage = self._damage(sample, data)
+        if damage and self._files.renew(shard):
+            data = self._bytes(shard, sample)
+            damage = self._damage(sample, data)
+        if damage:
+            raise DamagedSampleError(damage)
+        if self._checked is not None:
+            self._checked[sample] = 1
+        return data
+
+    def _bytes(self, shard: int, sample: int) -> bytes:
+        offset, size = int(self._columns.offsets[sample]), int(self._columns.sizes[sample])
         try:
-            data = self._files.read(shard, int(self._columns.offsets[sample]), size)
+            return self._files.read(shard, offset, size)
         except OSError as error:
             raise DatasetError(
                 f"shard {self._shard(shard)} cannot be read: {error.strerror or error}; "
                 f"{repair(self.folder)}"
             ) from error
-        if len(data) != size:
-            raise DamagedSampleError("its shard ends before it does")
-        if self._checked is not None and not self._checked[sample]:
-            if zlib.crc32(data) != self._columns.crcs[sample]:
-                raise DamagedSampleError("its bytes are not those that were written (crc32)")
-            self._checked[sample] = 1
-        return data
+
+    def _damage(self, sample: int, data: bytes) -> str:
+        """What is wrong with a sample's bytes; empty: nothing, as far as it is to be checked."""
+        if len(data) != self._columns.sizes[sample]:
+            return "its shard ends before it does"
+        if self._checked is None or self._checked[sample]:
+            return ""
+        if zlib.crc32(data) != self._columns.crcs[sample]:
+            return "its bytes are not those that were written (crc32)"
+        return ""
 
     def key(self, sample: int) -> str:
         """The name of a sample in its dataset; read from the index, so not for every sample."""

@@ -41,8 +41,8 @@ class TrainRow(NamedTuple):
 class Damage:
     """Samples that could not be made: counted and named once each; too many end the run.
 
-    The budget is a share of the samples that were read so far, or of an epoch as long as it
-    lasts: a single bad sample among the first ten is no tenth of the data.
+    The budget is a share of the epochs begun so far, each counted whole: a single bad sample among
+    the first ten is no tenth of the data, and bad ones that come early do so in every epoch.
 
     Attributes:
         count: Rows that went without their sample so far.
@@ -54,10 +54,10 @@ class Damage:
         Args:
             folder: The dataset folder, for messages.
             share: Share of the samples that may be skipped (`ReadConfig.corrupt_share`).
-            epoch: Samples that this worker reads in an epoch.
+            epoch: Samples that this worker reads in an epoch, or in one evaluation.
         """
         self.count = 0
-        self._folder, self._share, self._epoch = folder, share, epoch
+        self._folder, self._share, self._epoch = folder, share, max(1, epoch)
         self._read, self._lock = 0, Lock()
         self._names: dict[str, str] = {}
 
@@ -67,7 +67,7 @@ class Damage:
         return tuple(f"{name}: {why}" for name, why in tuple(self._names.items()))
 
     def read(self, samples: int) -> None:
-        """Count samples that were read, good or bad."""
+        """Count samples that are about to be read, good or bad."""
         with self._lock:
             self._read += samples
 
@@ -81,7 +81,7 @@ class Damage:
             self.count += 1
             if len(self._names) < _NAMED:
                 self._names.setdefault(name, why)
-            among = max(self._read, self._epoch)
+            among = max(1, -(-self._read // self._epoch)) * self._epoch
             if self.count > self._share * among:
                 raise DatasetError(
                     f"{self.count} of {among} samples were skipped, more than "
@@ -122,14 +122,14 @@ class Rows:
             read: The decoder, and what a sample does that does not decode.
             augment: How training samples are varied.
             clip: Which frames of a video make a clip.
-            samples_per_epoch: Samples that this worker reads in an epoch.
+            samples_per_epoch: Samples that this worker reads in an epoch, or in one evaluation.
 
         Raises:
             DatasetError: The dataset holds images and the model takes clips, or the reverse.
         """
         _check_media(reader.folder, reader.manifest, frames)
         self.damage = Damage(reader.folder, read.corrupt_share, samples_per_epoch)
-        self.views = 1 if frames == 1 else clip.views * clip.crops
+        self.views = clip.views_of(frames)
         self._reader, self._seed, self._skips = reader, seed, read.on_corrupt == "skip"
         size, decoder = image_size, read.decoder
         self._train: Callable[..., Pixels] = partial(
@@ -158,6 +158,7 @@ class Rows:
             return TrainRow(self._training(sample, seed), sample)
         except DamagedSampleError as error:
             self._skip(sample, error)
+            why = error
         tried = min(_TRIES, self._reader.num_samples)
         for other in range(sample + 1, sample + tried):
             instead = other % self._reader.num_samples

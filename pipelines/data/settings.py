@@ -56,7 +56,9 @@ class ReadConfig:
         cache_gib: Size of that cache, GiB; the shards used longest ago leave first.
         on_corrupt: What a sample does that does not decode: "raise" stops the run, "skip" puts
             the sample that follows in its place and counts it.
-        corrupt_share: Share of the samples read that may be skipped before the run stops.
+        corrupt_share: Share of a worker's samples that may be skipped before the run stops: of all
+            epochs (or evaluations) that it has begun since it started, the present one counted
+            whole.
     """
 
     threads: int = 2
@@ -161,6 +163,10 @@ class ClipConfig:
         if not 0 < self.scale_jitter[0] <= self.scale_jitter[1]:
             problems.append(f"scale_jitter must rise and be above 0, got {self.scale_jitter}")
         raise_if_any("data.clip", problems)
+
+    def views_of(self, frames: int) -> int:
+        """Views of a sample in a test of clips of so many frames; an image, one frame, has one."""
+        return 1 if frames == 1 else self.views * self.crops
 
 
 def raise_if_any(where: str, problems: list[str]) -> None:

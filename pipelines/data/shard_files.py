@@ -38,6 +38,9 @@ class ShardFiles(Protocol):
     def prefetch(self, shards: Sequence[int]) -> None:
         """Get ready to read from these shards, the first first, without waiting for them."""
 
+    def renew(self, shard: int, /) -> bool:
+        """After a read of other bytes than were written: whether a next one may be better."""
+
     def close(self) -> None:
         """Let go of files and threads; reading again opens them again."""
 
@@ -69,6 +72,10 @@ class LocalShards:
     def prefetch(self, shards: Sequence[int]) -> None:
         """Nothing: the system reads local files well enough when they are asked for."""
 
+    def renew(self, _shard: int, /) -> bool:
+        """No: the file is what there is."""
+        return False
+
     def close(self) -> None:
         """Let go of the files."""
         self._open.cache_clear()
@@ -92,6 +99,10 @@ class RangedShards:
     def prefetch(self, shards: Sequence[int]) -> None:
         """Nothing: no shard is read whole."""
 
+    def renew(self, _shard: int, /) -> bool:
+        """No: the object is what there is."""
+        return False
+
     def close(self) -> None:
         """Let go of the connections."""
         self._open.cache_clear()
@@ -113,6 +124,7 @@ class CachedShards:
         self._lock = Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._begun: frozenset[int] = frozenset()
+        self._renewed: set[int] = set()
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Bytes of a shard, which is fetched if it is not there."""
@@ -121,8 +133,11 @@ class CachedShards:
     def prefetch(self, shards: Sequence[int]) -> None:
         """Begin to fetch these shards, as far as the cache holds them together.
 
-        What fails here fails again, and is then told, when the shard is read.
+        What fails here fails again, and is then told, when the shard is read. Files that are open
+        are let go: one that was pushed out would take its room on the disk until then, beside what
+        the cache may hold, and one that is opened again counts as used now.
         """
+        self._open.cache_clear()
         held = np.cumsum([self._records[shard].bytes for shard in shards])
         wanted = shards[: int(np.searchsorted(held, self._limit, side="right"))]
         with self._lock:
@@ -140,6 +155,16 @@ class CachedShards:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
         self._open.cache_clear()
+
+    def renew(self, shard: int, /) -> bool:
+        """Yes, from the object store: the copy is removed, once for a shard."""
+        record = self._records[shard]
+        with self._lock:
+            if shard not in self._renewed:
+                self._cache.drop(self._folder / record.name, sha256=record.sha256)
+            self._renewed.add(shard)
+        self._open.cache_clear()
+        return True
 
     def _fetch(self, shard: int) -> Path:
         record = self._records[shard]

@@ -70,7 +70,10 @@ class TrainStream:
             RunError: The batch cannot be shared evenly by lanes and ranks.
         """
         lanes = order.lanes_of(batch_size)
-        self._first, self._rows = rank_rows(batch_size, lanes, rank=rank, world=world)
+        first, self._rows = rank_rows(batch_size, lanes, rank=rank, world=world)
+        before = augment.mixed - 1
+        # What is read: with mixup, the rows before this rank's first come first.
+        self._read_rows = first - before, self._rows + before
         self._reader = SampleReader(folder, read)
         _check_labels(self._reader)
         self._order = SampleOrder(
@@ -83,7 +86,7 @@ class TrainStream:
         self.num_samples = self._reader.num_samples
         self.num_classes = self._reader.num_classes
         self.steps_per_epoch = self._order.steps_per_epoch
-        self._reader.check_cache(self._order.shards_in(0, 0, self._first, self._rows))
+        self._reader.check_cache(self._order.shards_in(0, 0, *self._read_rows))
         self._maker = Rows(
             self._reader,
             image_size=image_size,
@@ -93,7 +96,7 @@ class TrainStream:
             read=read,
             augment=augment,
             clip=clip,
-            samples_per_epoch=self.steps_per_epoch * self._rows,
+            samples_per_epoch=self.steps_per_epoch * min(self._rows + before, batch_size),
         )
         self._augment = augment
         self._shape = (frames, image_size, image_size, 3)
@@ -146,16 +149,14 @@ class TrainStream:
             epoch, step = position.epoch, position.step
             if window != (epoch, self._order.window_of(step)):
                 window = (epoch, self._order.window_of(step))
-                ahead = self._order.shards_ahead(epoch, step, self._first, self._rows)
+                ahead = self._order.shards_ahead(epoch, step, *self._read_rows)
                 self._reader.prefetch(ahead)
             position = position.after(steps_per_epoch=self.steps_per_epoch)
             yield self._job(epoch, step, position)
 
     def _job(self, epoch: int, step: int, after: Position) -> TrainJob:
-        """One batch: with mixup, the rows before this rank's first come first."""
-        before = self._augment.mixed - 1
-        rows = before + self._rows
-        samples = self._order.rows(epoch, step, self._first - before, rows)
+        _, rows = self._read_rows
+        samples = self._order.rows(epoch, step, *self._read_rows)
         mix_shape = (self._rows, self._augment.mixed)
         return TrainJob(
             maker=self._maker,
@@ -168,7 +169,7 @@ class TrainStream:
             pixels_RTHWC=np.empty((rows, *self._shape), np.uint8),
             labels_R=self._reader.labels[samples].astype(np.int64),
             labels=self._reader.labels,
-            mix_BM=np.empty(mix_shape, np.float32) if before else None,
+            mix_BM=np.empty(mix_shape, np.float32) if rows > self._rows else None,
             after=after,
         )
 
@@ -226,6 +227,8 @@ class EvalStream:
         _check_labels(self._reader)
         self.num_samples = self._reader.num_samples
         self.num_classes = self._reader.num_classes
+        self._samples = max(1, batch_size // clip.views_of(frames))
+        self._rank, self._world = rank, world
         self._maker = Rows(
             self._reader,
             image_size=image_size,
@@ -235,10 +238,8 @@ class EvalStream:
             read=read,
             augment=AugmentConfig(),
             clip=clip,
-            samples_per_epoch=-(-self.num_samples // world),
+            samples_per_epoch=sum(len(self._mine(step)) for step in range(len(self))),
         )
-        self._samples = max(1, batch_size // self._maker.views)
-        self._rank, self._world = rank, world
         self._shape = (self._maker.views, frames, image_size, image_size, 3)
         self._loader = Loader(threads=read.threads, prefetch=read.prefetch)
 
@@ -269,9 +270,8 @@ class EvalStream:
         ends = np.cumsum(self._reader.shard_samples)
         prefetched = -1
         for step in range(len(self)):
-            start = (step * self._world + self._rank) * self._samples
-            mine = range(start, min(start + self._samples, self.num_samples))
-            shard = int(np.searchsorted(ends, start, side="right"))
+            mine = self._mine(step)
+            shard = int(np.searchsorted(ends, mine.start, side="right"))
             if shard != prefetched:
                 self._reader.prefetch(range(shard, min(shard + _SHARDS_AHEAD, len(ends))))
                 prefetched = shard
@@ -284,6 +284,11 @@ class EvalStream:
                 labels_B=labels_B,
                 valid_B=np.arange(self._samples) < len(mine),
             )
+
+    def _mine(self, step: int) -> range:
+        """Samples of this rank's batch of a step; none beyond the last sample."""
+        start = (step * self._world + self._rank) * self._samples
+        return range(start, min(start + self._samples, self.num_samples))
 
 
 def _check_labels(reader: SampleReader) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,6 +145,23 @@ def test_the_views_of_a_clip_are_averaged_as_probabilities():
     assert found.samples == 2
     assert found.accuracy == right / 2
     assert found.loss == pytest.approx(-(probs[0, 1].log() + probs[1, 2].log()).item() / 2)
+
+
+def test_probabilities_too_small_for_a_float_leave_the_loss_finite():
+    def certain(rows):
+        logits_RK = torch.zeros(len(rows), 4)
+        logits_RK[:, 3] = 500.0
+        return SimpleNamespace(logits_BK=logits_RK)
+
+    model = build_model(ModelConfig(**SMALL))
+    pixels = torch.zeros(4, 1, 8, 8, 3, dtype=torch.uint8)
+    labels, valid = torch.tensor([1, 1, 0, 0]), torch.tensor([True, False])
+    views = Batch(pixels_RTHWC=pixels, labels_R=labels, valid_B=valid)
+
+    found = score(model, certain, [views], (0.5,), get_backend("cpu"))[0.5]
+
+    assert found.loss == pytest.approx(500.0)
+    assert found.samples == 1
 
 
 def test_a_run_is_evaluated_in_batches_of_what_one_rank_trains_on(config):

@@ -7,9 +7,10 @@ import pytest
 from filelock import FileLock
 
 from pipelines.config import TrackingConfig
+from pipelines.data.sources.base import Source
 from pipelines.errors import ArchiveError, DatasetError, RunError
 from pipelines.results import Results, Setting
-from pipelines.retrain import LOCK, decide, run_retraining
+from pipelines.retrain import LOCK, decide, new_part, run_retraining
 from pipelines.storage import place
 from pipelines.terminal import Terminal
 from tests.pipelines import tiny
@@ -136,3 +137,19 @@ def test_a_missing_archive_or_dataset_is_told_before_anything_else(base, archive
 
     assert not base.out.exists()
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("splits", "part"), [((), "all"), (("train", "val"), "train"), (("train", "test"), "train")]
+)
+def test_of_an_archive_with_splits_the_training_one_is_added(splits, part):
+    assert new_part(source_of(splits)) == part
+
+
+def test_an_archive_without_training_data_is_refused():
+    with pytest.raises(RunError, match=r"archive new/ has the splits val, test and no train; give"):
+        new_part(source_of(("val", "test")))
+
+
+def source_of(splits):
+    return Source(layout="folders", archive=place("new/"), media="image", units=(), splits=splits)

@@ -65,6 +65,18 @@ def test_padding_is_not_shown(model, config):
     assert len(found.images_uint8) == len(found.labels) == len(found.predictions) == 5
 
 
+def test_samples_that_were_left_out_are_not_shown_either(model):
+    size = model.config.image_size
+    pixels = torch.randint(0, 256, (4, 1, size, size, 3), dtype=torch.uint8)
+    valid = torch.tensor([False, True, True, True])
+    batch = Batch(pixels_RTHWC=pixels, labels_R=torch.tensor([0, 1, 2, 3]), valid_B=valid)
+
+    found = routing_examples(model, [batch], BUDGETS, NAMES, count=2)
+
+    assert np.array_equal(found.images_uint8, pixels[1:3, 0].numpy())
+    assert found.labels == ("green", "blue")
+
+
 @pytest.mark.parametrize("attention", ["factorised", "joint"])
 def test_of_a_clip_its_steps_are_shown_each_with_its_own_routing(attention):
     torch.manual_seed(0)

@@ -63,9 +63,12 @@ def test_a_home_folder_is_spelt_out(config, data, monkeypatch):
     monkeypatch.setenv("HOME", str(data.parent))
     config = replace(part(config, "data", root=f"~/{data.name}"), out=Path("~/run"))
 
+    config = part(config, "data", read=ReadConfig(cache=Path("~/cache")))
+
     resolved = resolve(part(config, "train", start_from=Path("~/w")))
 
     assert resolved.data.root == str(data)
+    assert resolved.data.read.cache == data.parent / "cache"
     assert (resolved.out, resolved.train.start_from) == (data.parent / "run", data.parent / "w")
 
 

@@ -27,7 +27,8 @@ class Inflated:
         end: None, since its length is not known before it ends.
         stop: Where it ended, in decompressed bytes; None: not yet.
         problem: Why it ended too early; None: it has not, or not yet.
-        lost: Compressed bytes that could not be read; 0 for a stream that is whole or cut off.
+        lost: Compressed bytes that could not be read; None: it is cut off, and nobody knows how
+            many should follow; 0 for a stream that is whole.
         consumed: Compressed bytes read so far.
     """
 
@@ -36,7 +37,7 @@ class Inflated:
     def __init__(self, places: Sequence[Place]) -> None:
         self.stop: int | None = None
         self.problem: str | None = None
-        self.lost = 0
+        self.lost: int | None = 0
         self.consumed = 0
         self._places = list(places)
         self._file: pa.NativeFile | None = None
@@ -118,7 +119,7 @@ class Inflated:
         piece = self._machine.decompress(b"", PIECE_BYTES) if self._begun else b""
         self._begun = self._begun and not self._machine.eof
         if not piece and self._begun:
-            self.problem = "is cut off: its compressed data end too early"
+            self.problem, self.lost = "is cut off: its compressed data end too early", None
         return piece
 
     def _up_to_damage(self, machine: "zlib._Decompress", feed: bytes, error: zlib.error) -> bytes:
@@ -130,9 +131,8 @@ class Inflated:
                 pieces.append(machine.decompress(feed[at : at + 1]))
         except zlib.error:
             self._raw_at += at
-        self.lost = self._left() + sum(place.size() for place in self._places)
-        if self._file is not None:
-            self.lost += self._file.size() - self._file.tell()
+        behind = self._file.size() - self._file.tell() if self._file is not None else 0
+        self.lost = self._left() + behind + sum(place.size() for place in self._places)
         byte = self.consumed - self._left()
         words = str(error).rpartition(": ")[2]
         self.problem = f"is damaged: its compressed data break off at byte {byte} ({words})"

@@ -30,6 +30,7 @@ SUFFIXES: dict[Literal["image", "video"], tuple[str, ...]] = {
     "video": VIDEO_SUFFIXES,
 }
 MAX_KEY_BYTES = 150
+SMALL_CLASSES = "small_classes"  # of ImageNet-21K-P: what its authors left out
 
 _UNSAFE = re.compile(r"[./\\\x00-\x1f\x7f]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -41,7 +42,7 @@ _SPLITS = {
     "validation": "val",
     "test": "test",
     "testing": "test",
-    "small_classes": "small_classes",
+    SMALL_CLASSES: SMALL_CLASSES,
 }
 _SPLIT = re.compile(r"(?:imagenet21k_)?(" + "|".join(_SPLITS) + ")")
 

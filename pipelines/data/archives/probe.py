@@ -7,30 +7,18 @@ Which files are looked at, and what becomes of the answer, is the subject of `sc
 import io
 import warnings
 from pathlib import PurePosixPath
-from typing import NamedTuple
 
 from PIL import ExifTags, Image, TiffImagePlugin
 
 from pipelines.data.archives.names import IMAGE_KINDS
 from pipelines.data.pixels.decode import FORMATS, decode_rgb
-from pipelines.data.sources.base import Media
+from pipelines.data.pixels.video import probe_video
+from pipelines.data.sources.base import Found, Media
 from pipelines.errors import DatasetError
 
 MAX_BYTES: dict[Media, int] = {"image": 256 << 20, "video": 1 << 30}
 SMALL_SIDE = 32  # the cleaned copy of winter21 has none below
 _GREY_MODES = ("1", "L", "LA", "I", "F")
-
-
-class Found(NamedTuple):
-    """What looking at a file gave.
-
-    Attributes:
-        problem: Why it is no sample, or None.
-        remark: What is unusual about a sample, one or more of few texts joined by "; "; or None.
-    """
-
-    problem: str | None
-    remark: str | None
 
 
 def probe(media: Media, data: bytes, name: str = "") -> Found:
@@ -47,9 +35,6 @@ def probe(media: Media, data: bytes, name: str = "") -> Found:
     if not data:
         return Found("is empty", None)
     if media == "video":
-        # PyAV is loaded where there are videos only; and `video` knows `Found`
-        from pipelines.data.pixels.video import probe_video
-
         return probe_video(data)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of what it can read nevertheless

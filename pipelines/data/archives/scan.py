@@ -9,11 +9,18 @@ a key is that of `names`.
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import PurePosixPath
 
 import pyarrow as pa
 
-from pipelines.data.archives.names import SUFFIXES, printable, sample_key, split_of
+from pipelines.data.archives.names import (
+    SMALL_CLASSES,
+    SUFFIXES,
+    printable,
+    sample_key,
+    split_of,
+)
 from pipelines.data.archives.probe import MAX_BYTES, probe
 from pipelines.data.archives.tars import DIRECTORY, Damage, TarEntry, Window, walk
 from pipelines.data.sources.base import Media, Member, Source, Unit
@@ -22,6 +29,8 @@ from pipelines.storage import Place, StorageError
 MAX_DEPTH = 16  # folders below a class; links to a folder above would never end
 CLASS_TARS = ("imagenet21k", "imagenet1k")  # layouts whose classes are tars of their own
 UNLISTED = "is not in the release's lists"
+UNREADABLE = "cannot be read"  # begins a problem that a rerun may well not have
+NOWHERE = "is a link that leads nowhere"
 
 
 def scan(source: Source, unit: Unit) -> Iterator[Member]:
@@ -34,7 +43,7 @@ def scan(source: Source, unit: Unit) -> Iterator[Member]:
     Yields:
         One member per file, in the tar's order or sorted by path; directories are none. Where a tar
         is damaged, or cannot be read, a last member has the unit's name, a problem, and in `lost`
-        the bytes that are lost.
+        the bytes that are lost. Where a tar of many classes is cut off, nobody knows how many.
     """
     reader = _scan_folder if unit.kind == "folder" else _scan_tar
     yield from reader(source, unit)
@@ -49,12 +58,13 @@ def _scan_tar(source: Source, unit: Unit) -> Iterator[Member]:
             window = Window(file, unit.start, size)
             for found in walk(window, unit.start):
                 if isinstance(found, Damage):
-                    yield _lost(unit, found.problem, found.lost)
+                    is_open = found.open_ended and unit.class_name is None
+                    yield _lost(unit, found.problem, None if is_open else found.lost)
                 elif found.problem != DIRECTORY:
                     yield _tar_member(source, unit, found, window)
                     position = found.offset + found.size
     except (OSError, pa.ArrowException, StorageError) as error:
-        text = f"cannot be read: {_words(error)}; what follows is lost"
+        text = f"{UNREADABLE}: {_words(error)}; what follows is lost"
         yield _lost(unit, text, max(0, unit.start + unit.size - position))
 
 
@@ -87,7 +97,7 @@ def _files_below(folder: Place, above: str, depth: int) -> Iterator[tuple[str, i
     try:
         entries = list(folder.entries())
     except StorageError as error:
-        yield above.rstrip("/"), f"cannot be read: {_words(error)}"
+        yield above.rstrip("/"), f"{UNREADABLE}: {_words(error)}"
         return
     for entry in entries:
         name = above + entry.name
@@ -120,7 +130,8 @@ def _file_member(source: Source, unit: Unit, folder: Place, name: str, size: int
     try:
         data = (folder / name).read_bytes()
     except StorageError as error:
-        return replace(member, problem=f"cannot be read: {_words(error)}")
+        gone = isinstance(error.__cause__, FileNotFoundError)
+        return replace(member, problem=NOWHERE if gone else f"{UNREADABLE}: {_words(error)}")
     return _probed(source.media, replace(member, size=len(data)), data, name)
 
 
@@ -173,11 +184,20 @@ def _class_and_split(
         return class_name if underscore else None, unit.split, problem
     if not folders:
         return None, unit.split, "lies in no class folder"
-    # Of spooled class tars the first folder is the inner tar; else files lie in their class
-    class_name = folders[0 if source.layout in CLASS_TARS else -1]
-    above = (split_of(folder) for folder in folders[:-1])
-    split = next((split for split in above if split is not None), None)
-    return class_name, unit.split or split, None
+    if source.layout in CLASS_TARS:  # of spooled class tars the first folder is the inner tar
+        return folders[0], unit.split, None
+    if unit.split is not None or not source.splits:
+        return folders[-1], unit.split, None
+    return _below_split(source, folders)
+
+
+def _below_split(source: Source, folders: list[str]) -> tuple[str | None, str | None, str | None]:
+    """Split and class where folders of classes lie in folders of splits."""
+    found = ((split_of(folder), below) for folder, below in pairwise(folders))
+    split, class_name = next((each for each in found if each[0] is not None), (None, None))
+    if split in source.splits or (split == SMALL_CLASSES and source.layout == "imagenet21k-p"):
+        return class_name, split, None
+    return None, None, f"lies in no class folder of {' or '.join(source.splits)}"
 
 
 def _inside(source: Source, unit: Unit, path: PurePosixPath) -> str:
@@ -202,7 +222,7 @@ def _name_problem(media: Media, path: PurePosixPath, size: int) -> str | None:
     return None
 
 
-def _lost(unit: Unit, problem: str, lost: int) -> Member:
+def _lost(unit: Unit, problem: str, lost: int | None) -> Member:
     """The rest of a unit, as one member that is none."""
     return Member(
         key=sample_key(None, f"{unit.name}/"),

@@ -30,6 +30,7 @@ from pipelines.data.archives.tars import (
     BLOCK,
     DIRECTORY,
     LOST_RECORD,
+    LOST_UNKNOWN,
     PROBLEM_RECORD,
     Bytes,
     Damage,
@@ -183,7 +184,8 @@ def _copy(
         elif isinstance(found, TarEntry):
             _copy_member(source, inflated, found, found.name, out)
         if isinstance(found, Damage) and inflated.problem is None:  # else it is told below
-            out.note(_archive_name(source), found.problem, found.lost)
+            lost = None if found.open_ended else found.lost
+            out.note(_archive_name(source), found.problem, lost)
         _tell(progress, inflated, stream)
     if inflated.problem is not None:
         problem = f"{inflated.problem}; what followed is lost"
@@ -288,12 +290,12 @@ class _Segments:
         self._write(bytes(padding(size)))
         self._finish_if_full()
 
-    def note(self, name: str, problem: str, lost: int) -> None:
-        """Write what could not be kept, and why, as a member without data."""
+    def note(self, name: str, problem: str, lost: int | None) -> None:
+        """Write what could not be kept, and why, as a member without data; `lost` as `Member`'s."""
         info = tarfile.TarInfo(name)
         info.pax_headers = {PROBLEM_RECORD: problem}
-        if lost:
-            info.pax_headers[LOST_RECORD] = str(lost)
+        if lost != 0:
+            info.pax_headers[LOST_RECORD] = LOST_UNKNOWN if lost is None else str(lost)
         self._write(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape"))
         self._finish_if_full()
 

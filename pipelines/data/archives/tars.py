@@ -25,6 +25,7 @@ DIRECTORY = "is a directory"
 # Our own PAX records, which `spool` writes for what it could not keep.
 PROBLEM_RECORD = "MONE.problem"
 LOST_RECORD = "MONE.lost"
+LOST_UNKNOWN = "unknown"
 
 _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL, _PAX_SOLARIS = b"L", b"K", b"x", b"g", b"X"
 _EXTENDED = (_LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL, _PAX_SOLARIS)
@@ -47,14 +48,14 @@ class TarEntry:
         offset: Byte of the file where its data begin.
         size: Bytes of data.
         problem: Why it is no plain file, or None; `DIRECTORY` for a directory.
-        lost: Bytes that a note of `spool` says are lost; else 0.
+        lost: Bytes that a note of `spool` says are lost, None: nobody knows how many; else 0.
     """
 
     name: str
     offset: int
     size: int
     problem: str | None
-    lost: int = 0
+    lost: int | None = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,12 +67,14 @@ class Damage:
         problem: What is wrong, to be put after the tar's name.
         lost: Bytes from there to where the tar should end.
         entry: The entry that is cut off, if it is known; its data end too early.
+        open_ended: The tar is cut off where its file ends, so that nobody knows what should follow.
     """
 
     position: int
     problem: str
     lost: int
     entry: TarEntry | None = None
+    open_ended: bool = False
 
 
 class Bytes(Protocol):
@@ -218,7 +221,7 @@ def _entry(
         offset=position,
         size=size,
         problem=_kind_problem(info, text, sparse) or _note(pax),
-        lost=_number(pax.get(LOST_RECORD, b"0")),
+        lost=_lost(pax),
     )
     if data.stop is not None and position + size > data.stop:
         raise _NotATarError("cut off", entry)
@@ -244,6 +247,11 @@ def _number(text: bytes) -> int:
 def _note(pax: dict[str, bytes]) -> str | None:
     note = pax.get(PROBLEM_RECORD)
     return None if note is None else note.decode("utf-8", "backslashreplace")
+
+
+def _lost(pax: dict[str, bytes]) -> int | None:
+    told = pax.get(LOST_RECORD, b"0")
+    return None if told == LOST_UNKNOWN.encode() else _number(told)
 
 
 def _pax_records(content: bytes) -> dict[str, bytes]:
@@ -301,13 +309,20 @@ def _padded(size: int) -> int:
 def _damage(data: Bytes, position: int, why: str, entry: TarEntry | None = None) -> Damage:
     """Word the end of a walk at `position`, where a header should stand."""
     stop = position if data.stop is None else data.stop
+    is_cut = why == "cut off" or stop < position + BLOCK
     text = (
         f"is cut off: it ends at byte {stop}; what followed is lost"
-        if why == "cut off" or stop < position + BLOCK
+        if is_cut
         else f"is damaged: {why} at byte {position} of {stop}; what follows is lost"
     )
     end = stop if data.end is None else data.end
-    return Damage(position=position, problem=text, lost=max(0, end - position), entry=entry)
+    return Damage(
+        position=position,
+        problem=text,
+        lost=max(0, end - position),
+        entry=entry,
+        open_ended=is_cut and end == stop,
+    )
 
 
 def _check_end(data: Bytes, position: int) -> Iterator[Damage]:

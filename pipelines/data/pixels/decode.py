@@ -114,14 +114,14 @@ def decode_window(
     if decoder == "simplejpeg":
         try:
             return _fast(needed, strict=needed is data)[top:bottom, left:right]
-        except ValueError:
+        except (ValueError, KeyError):  # KeyError: a sampling of colours that it has no name for
             pass
     image = decode_rgb(needed)
     return image if box == (0, 0, *image.size) else image.crop(box)
 
 
 def _fast(data: FileBytes, *, strict: bool) -> Pixels:
-    """The pixels of a JPEG; ValueError if it is damaged.
+    """The pixels of a JPEG; ValueError or KeyError if it is damaged or of an odd kind.
 
     Args:
         data: A JPEG.

@@ -47,20 +47,21 @@ class FrameWriter:
         """
         self._count, self._size, self._cut, self._mirror = count, size, cut, mirror
         self._box: Box | None = None
+        self._turns = 0
         self._kind: tuple[int, int, str] | None = None
         self._window: _Window | None = None
         self.pixels: Pixels = np.empty((0, 0, 0, 3), np.uint8)
 
     def put(self, places: Sequence[int], frame: VideoFrame) -> None:
         """Convert a frame to one or more places of the array."""
-        turns = round(frame.rotation / 90) % 4  # against the clock
         if self._box is None:
-            self._begin(turns)
+            self._turns = round(frame.rotation / 90) % 4  # the first one's, against the clock
+            self._begin(self._turns)
         kind = (frame.width, frame.height, frame.format.name)
         if kind != self._kind:  # some videos change their size on the way
-            self._kind, self._window = kind, self._window_of(frame, turns)
+            self._kind, self._window = kind, self._window_of(frame, self._turns)
         for colour, plane in zip(_GREEN_BLUE_RED, self._planes(frame), strict=True):
-            upright = np.rot90(plane, turns)
+            upright = np.rot90(plane, self._turns)
             if self._window is None:
                 left, top, right, bottom = self._box or (0, 0, 0, 0)
                 upright = upright[top:bottom, left:right]

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from pipelines.data.pixels.augment import varies, vary
-from pipelines.data.pixels.decode import Box, FileBytes, Pixels, decode_window
+from pipelines.data.pixels.decode import MAX_PIXELS, Box, FileBytes, Pixels, decode_window
 from pipelines.data.pixels.random import SampleRandom
 from pipelines.data.settings import AugmentConfig
 
@@ -80,6 +80,8 @@ def eval_image(data: FileBytes, *, size: int, resize: int, decoder: str) -> Pixe
     short = min(width, height)
     wide, high = round(width * resize / short), round(height * resize / short)
     left, top = (wide - size) // 2, (high - size) // 2
+    if wide * high > MAX_PIXELS:  # of a thin image; Pillow makes no more of it than the centre
+        picture = _as_image(picture)
     if isinstance(picture, Image.Image):  # both steps at once, through the centre's window
         across, down = width / wide, height / high
         box = (left * across, top * down, (left + size) * across, (top + size) * down)

@@ -39,10 +39,10 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from pipelines.data.archives.probe import Found
 from pipelines.data.pixels.containers import missing_bytes
 from pipelines.data.pixels.decode import Box, FileBytes, Pixels
 from pipelines.data.pixels.frames import FrameWriter
+from pipelines.data.sources.base import Found
 from pipelines.errors import DatasetError
 
 # Demuxers that read one file and nothing else: others follow links to files and servers.

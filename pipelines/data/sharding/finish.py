@@ -1,7 +1,9 @@
 """The end of sharding: side files of finished shards into index and manifest, the manifest last.
 
-One shard's rows are in memory at a time. Readers see the dataset as it was until the manifest is
-there. What makes the side files is `pack`.
+One shard's rows are in memory at a time. A new dataset is none until its manifest is there. Of an
+addition the index goes first, too: a reader that opens the dataset between the two is told that
+they differ, and where a run was killed there the same run again puts it right. What makes the side
+files is `pack`.
 """
 
 from collections import Counter
@@ -69,7 +71,7 @@ def finish(
     tally = _Tally(per_class=np.zeros(len(classes), np.int64))
     index_sha256 = write_index(out, _index(version, shards, tally))
     skipped = skipped_samples(job, version, part, tally.repeats, bad_units)
-    labelled = bool(tally.per_class.any())
+    labelled = bool(tally.per_class.any()) or not tally.records
     records = (*(base.shards if base else ()), *tally.records)
     names = job.source.names
     bare = Manifest(

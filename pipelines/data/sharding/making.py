@@ -22,6 +22,7 @@ from pipelines.data.sharding.plan import (
     check_classes,
     check_labels,
     check_quality,
+    check_splits,
     cut,
     grouped,
     scan_digest,
@@ -37,6 +38,7 @@ from pipelines.data.sharding.scanned import (
 )
 from pipelines.data.sharding.versions import Settings, Version, unit_digests
 from pipelines.data.sources.base import Source
+from pipelines.errors import UsageError
 from pipelines.storage import Place
 
 Progress = Callable[[str, int, int], None]
@@ -106,6 +108,9 @@ class Making:
         max_bad_fraction: Share of the archive's members that may be unusable.
         progress: See `shards.write_shards`.
         fan_out: How work is spread.
+
+    Raises:
+        UsageError: No such share can be.
     """
 
     def __init__(
@@ -116,6 +121,10 @@ class Making:
         progress: Progress | None,
         fan_out: FanOut,
     ) -> None:
+        if not 0 <= max_bad_fraction <= 1:
+            raise UsageError(
+                f"the share of bad files that is allowed is from 0 to 1, got {max_bad_fraction}"
+            )
         self._settings = settings
         self._max_bad_fraction = max_bad_fraction
         self._progress = progress
@@ -129,7 +138,7 @@ class Making:
             return tuple(_nothing(version, ()) for version in versions)
         job = self._job(source, out, versions)
         found = self._scan(job)
-        job = self._checked(job, found)
+        job = self._checked(job, found, versions)
         shards = [self._ranges(found, version, part) for part, version in enumerate(versions)]
         for version, ranges in zip(versions, shards, strict=True):
             if not version.done:
@@ -182,9 +191,11 @@ class Making:
             self._tell("scan", done, len(units))
         return found
 
-    def _checked(self, job: ShardJob, found: "_Found") -> ShardJob:
+    def _checked(self, job: ShardJob, found: "_Found", versions: tuple[Version, ...]) -> ShardJob:
         """Refuse what the scan shows to be wrong; the job with its classes."""
         total = found.total
+        if all(version.base for version in versions) and not (total.samples or total.problems):
+            return job  # what is new in an archive that was added before is empty
         told = "; ".join(
             f"{row['name']} {row['reason']}"
             for row in first_problems(job, found.bad_units, TOLD_PROBLEMS)
@@ -196,9 +207,10 @@ class Making:
             max_bad_fraction=self._max_bad_fraction,
             kept=str(job.scratch.parent.parent),
         )
-        for part, count in zip(job.parts, found.counts, strict=True):
-            check_labels(job.source, part.name, count)
+        for version, count in zip(versions, found.counts, strict=True):
+            check_labels(job.source, version.part.name, count, version.base)
         check_classes(job.source, total.classes, job.classes)
+        check_splits(job.source, [part.name for part in job.parts], found.counts, job.classes)
         if job.classes is not None:
             return job
         return replace(job, classes=tuple(sorted({*total.classes, *classes_of_units(job.source)})))

@@ -119,6 +119,8 @@ def write_shard(pack: PackJob, shard: ShardRange) -> Packed:
     record, index = None, INDEX_SCHEMA.empty_table()
     if samples:
         record, index = _write_tar(pack, shard, samples)
+    else:  # an interrupted run of other archives may have left one
+        (out / shard.name).remove()
     _write_side_file(out, shard, SideFile(digest=digest, record=record, repeats=repeats), index)
     return Packed(kept=False, samples=len(samples))
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.data.manifest import Resized
+from pipelines.data.manifest import Manifest, Resized
 from pipelines.data.sources.base import Source, Unit
 from pipelines.errors import ArchiveError
 from pipelines.storage import Place
@@ -107,6 +107,7 @@ class PartCount:
         samples, bytes: Of the members that become samples, repeated keys included.
         problems: Members that cannot be used.
         lost: Bytes of the archive that damage made unreadable.
+        open_ended: Pieces that are cut off, and nobody knows what should follow.
         unlabelled: Samples without a class.
         classes: Class -> samples.
     """
@@ -115,6 +116,7 @@ class PartCount:
     bytes: int = 0
     problems: int = 0
     lost: int = 0
+    open_ended: int = 0
     unlabelled: int = 0
     classes: dict[str, int] = field(default_factory=dict)
 
@@ -124,6 +126,7 @@ class PartCount:
         self.bytes += other.bytes
         self.problems += other.problems
         self.lost += other.lost
+        self.open_ended += other.open_ended
         self.unlabelled += other.unlabelled
         for name, samples in other.classes.items():
             self.classes[name] = self.classes.get(name, 0) + samples
@@ -216,13 +219,13 @@ def grouped(sizes: Sequence[int], most: int) -> list[list[int]]:
 def check_quality(
     source: Source, count: PartCount, first: str, *, max_bad_fraction: float, kept: str
 ) -> None:
-    """Refuse an archive without samples, or with too large a share of unusable members.
+    """Refuse an archive without samples, cut off, or with too large a share of unusable members.
 
     Args:
         source: The archive.
         count: What a scan of it found, all parts together.
         first: The first unusable members with their reasons, for the message.
-        max_bad_fraction: Share that may be unusable.
+        max_bad_fraction: Share that may be unusable; 1: so may be what nobody can count.
         kept: Where the result of the scan lies, so that a user knows what a rerun costs.
 
     Raises:
@@ -237,28 +240,78 @@ def check_quality(
         raise ArchiveError(
             f"{what} holds no {samples}: none of its {files} files can be used: {first}"
         )
+    again = f"(what was found is kept in {kept} for the next run)"
+    if count.open_ended and max_bad_fraction < 1:
+        raise ArchiveError(
+            f"{what} is cut off, and nobody can tell how much of it is missing; fetch it again, or "
+            f"take what is there with --max-bad-fraction 1 {again}"
+        )
     share = count.bad / files
     if share > max_bad_fraction:
         about = "about " if count.lost else ""
         raise ArchiveError(
             f"{about}{count.bad} of the {files} files in {what} cannot be used "
             f"({share:.2%}, the limit is {max_bad_fraction:.2%}): {first}; mend the archive or "
-            f"raise --max-bad-fraction (what was found is kept in {kept} for the next run)"
+            f"raise --max-bad-fraction {again}"
         )
 
 
-def check_labels(source: Source, part: str, count: PartCount) -> None:
+def check_labels(source: Source, part: str, count: PartCount, base: Manifest | None = None) -> None:
     """Refuse a part of which some samples have a class and others have none.
 
+    Args:
+        source: The archive.
+        part: Name of the part.
+        count: What a scan found of it.
+        base: The dataset that it is added to, if there is one.
+
     Raises:
-        ArchiveError: Names the part and both numbers.
+        ArchiveError: Names the part and both numbers, or says which side has no classes.
     """
+    if base and base.samples and count.samples and base.labelled == bool(count.unlabelled):
+        sides = ("have classes", "have none")
+        has, lacks = sides if base.labelled else sides[::-1]
+        raise ArchiveError(
+            f"archive {source.archive}: samples of part {part!r} {lacks}, and those of the dataset "
+            f"{has}; make a dataset of its own"
+        )
     if count.unlabelled and count.unlabelled < count.samples:
         splits = ", ".join(source.splits) or "none"
         raise ArchiveError(
             f"archive {source.archive}: {count.unlabelled} of the {count.samples} samples of part "
             f"{part!r} have no class; shard its splits ({splits}) apart"
         )
+
+
+def check_splits(
+    source: Source, parts: Sequence[str], counts: Sequence[PartCount], classes: Sequence[str] | None
+) -> None:
+    """Refuse classes that another split of the release has and its train split lacks.
+
+    They are folders that are no classes, such as `val/images`. Of class folders on a disk
+    `pipelines.data.sources` tells; here it is what a scan of tars has found.
+
+    Args:
+        source: The archive.
+        parts: Names of the parts that were scanned.
+        counts: What was found of each.
+        classes: A given list of classes; None: there is none, and any folder would be a class.
+
+    Raises:
+        ArchiveError: Names the part and one of the classes.
+    """
+    if classes is not None or not source.splits or "train" not in parts:
+        return
+    known = set(counts[parts.index("train")].classes)
+    known |= {unit.class_name or "" for unit in source.units if unit.split == "train"}
+    for part, count in zip(parts, counts, strict=True):
+        others = sorted(set(count.classes) - known)
+        if others:
+            raise ArchiveError(
+                f"archive {source.archive}: {part} has {len(others)} classes that train lacks, "
+                f"such as {others[0]!r}; sort its files into the folders of their classes, or name "
+                "all classes with --classes"
+            )
 
 
 def check_classes(

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipelines.data.archives.scan import scan
+from pipelines.data.archives.scan import UNREADABLE, scan
 from pipelines.data.manifest import index_shards
 from pipelines.data.sharding.plan import (
     BIN_BITS,
@@ -37,7 +37,6 @@ from pipelines.storage import Place
 
 GROUP_ROWS = 4096  # of a row group: what a range of hashes is read by
 RUN_ROWS = 2**18  # sorted together: bounds the memory of scanning a unit of any size
-UNREADABLE = "cannot be read"  # what `scan` says where not the archive is at fault
 SAMPLES = pa.schema(
     [
         ("order", pa.uint64()),  # hash that shuffles
@@ -164,12 +163,13 @@ def _scan(job: ShardJob, number: int, place: Place) -> None:
             if member.problem is None:
                 samples.add(_sample_row(job, member, part, seq))
                 _count_sample(counts[part], member)
-            elif member.lost and member.problem.startswith(UNREADABLE):
-                raise OSError(f"{member.name} {member.problem}")  # a rerun may well read it
+            elif member.problem.startswith(UNREADABLE):
+                raise OSError(f"{member.name} {member.problem}")
             else:
                 problems.add((part, seq, member.name, member.problem))
                 counts[part].problems += 1
-                counts[part].lost += member.lost
+                counts[part].lost += member.lost or 0
+                counts[part].open_ended += member.lost is None
         samples.note(json.dumps([asdict(count) for count in counts]))
 
 

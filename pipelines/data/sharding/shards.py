@@ -15,6 +15,7 @@ last; an interrupted run is continued. What is refused at once is `versions`' su
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import lru_cache
 from typing import Any
 
@@ -25,10 +26,11 @@ import ray.data
 from cluster.session import cluster_cpus
 from pipelines.data.manifest import Resized, read_manifest
 from pipelines.data.sharding.making import Making, Progress, ShardingReport, classes_of_units
-from pipelines.data.sharding.pack import PackJob
+from pipelines.data.sharding.pack import UNFINISHED, PackJob
 from pipelines.data.sharding.plan import ALL, HASH_SPLIT, Part, ShardJob, check_classes, grouped
 from pipelines.data.sharding.versions import (
     Settings,
+    Version,
     check_part,
     new_version,
     next_version,
@@ -36,7 +38,8 @@ from pipelines.data.sharding.versions import (
 )
 from pipelines.data.sources.base import Source
 from pipelines.errors import DatasetError, PipelineError
-from pipelines.storage import Place
+from pipelines.locks import alone
+from pipelines.storage import Place, plain_errors
 
 __all__ = [
     "Progress",
@@ -49,6 +52,7 @@ __all__ = [
 ]
 
 SAMPLES_PER_SHARD = 4096
+LOCK = "lock"  # in the folder of what is unfinished, with which it goes
 TASKS_PER_CPU = 8  # a Ray Data task costs about 20 ms; so few still keep all CPUs busy
 TASK_BYTES = 256 * 2**20  # a few seconds of decoding: progress is seen, a crash costs little
 
@@ -87,6 +91,7 @@ def write_shards(
         ArchiveError: The archive is damaged, without samples or mostly bad, or has a class
             outside `classes`.
         DatasetError: `out` holds something else, or a shard cannot be written.
+        RunError: Another run writes into `out`, where that is a folder of this machine.
         UsageError: A part or setting that cannot be.
     """
     settings = Settings(
@@ -195,11 +200,15 @@ def _make(
         check_part(source, part.name, settings)
     check_classes(source, classes_of_units(source), settings.classes or source.classes)
     units = unit_digests(source)
-    versions = tuple(new_version(source, units, part, settings) for part in parts)
     making = Making(
         settings, max_bad_fraction=max_bad_fraction, progress=progress, fan_out=_fan_out
     )
-    return making.make(source, out.absolute(), versions)
+    return _alone(
+        making,
+        source,
+        out.absolute(),
+        lambda: tuple(new_version(source, units, part, settings) for part in parts),
+    )
 
 
 def _add(
@@ -228,11 +237,30 @@ def _add(
         check_part(source, part.name, settings)
     check_classes(source, classes_of_units(source), settings.classes)
     units = unit_digests(source)
-    versions = tuple(next_version(source, units, part, settings) for part in parts)
     making = Making(
         settings, max_bad_fraction=max_bad_fraction, progress=progress, fan_out=_fan_out
     )
-    return making.make(source, out.absolute(), versions)
+    return _alone(
+        making,
+        source,
+        out.absolute(),
+        lambda: tuple(next_version(source, units, part, settings) for part in parts),
+    )
+
+
+def _alone(
+    making: Making, source: Source, out: Place, planned: Callable[[], tuple[Version, ...]]
+) -> tuple[ShardingReport, ...]:
+    """Make what is planned, where two runs into a folder of this machine would mix their shards."""
+    versions = planned()
+    with ExitStack() as held:
+        if out.local is not None and not all(version.done for version in versions):
+            lock = out.local / UNFINISHED / LOCK
+            with plain_errors(out):
+                lock.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(alone(lock, f"sharding into {out}"))
+            versions = planned()  # another run may have ended in between
+        return making.make(source, out, versions)
 
 
 # What Ray runs.

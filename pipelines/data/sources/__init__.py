@@ -5,10 +5,11 @@ samples are read from a source is the subject of `pipelines.data.archives.scan`.
 """
 
 from collections.abc import Callable
+from pathlib import PurePosixPath
 
 from pipelines.data.sources import folders, imagenet, kinetics, ssv2
 from pipelines.data.sources.base import Source
-from pipelines.data.sources.peek import describe
+from pipelines.data.sources.peek import describe, visible
 from pipelines.errors import ArchiveError, unknown_name
 from pipelines.storage import Place
 
@@ -48,23 +49,35 @@ def find_source(archive: Place, layout: str = AUTO) -> Source:
 
     Raises:
         ArchiveError: There is no such archive or layout, the archive does not have the layout, or
-            a list in it is broken. Names what lies there, what is expected and the next step.
+            a list in it is broken. Names what lies there and what is expected.
     """
     if layout != AUTO and layout not in LAYOUTS:
         next_step = f"Take {AUTO} or one of {', '.join(LAYOUTS)}."
         raise ArchiveError(unknown_name("layout", layout, LAYOUTS, next_step=next_step))
     if not archive.is_folder() and not archive.is_file():
-        raise ArchiveError(f"archive {archive} does not exist; expected is {_expected(layout)}")
+        raise ArchiveError(
+            f"archive {archive} does not exist; expected is a folder, a tar or a .tar.gz: check "
+            "the name"
+        )
     for name, recognise in LAYOUTS.items():
         if layout in (AUTO, name) and (source := recognise(archive)) is not None:
             return source
     raise ArchiveError(
-        f"archive {archive} {describe(archive)}; expected is {_expected(layout)}"
+        f"archive {archive} {describe(archive)}; expected is {_expected(archive, layout)}"
         + ("" if layout == AUTO else f"; without --layout {layout} every layout is tried")
     )
 
 
-def _expected(layout: str) -> str:
-    if layout != AUTO:
-        return f"{EXPECTED[layout]} ({layout})"
-    return ", or ".join(f"{text} ({name})" for name, text in EXPECTED.items())
+def _expected(archive: Place, layout: str) -> str:
+    """What the layout looks like, or those that come nearest to what lies there."""
+    names = (layout,) if layout != AUTO else _nearest(archive)
+    return ", or ".join(f"{EXPECTED[name]} ({name})" for name in names)
+
+
+def _nearest(archive: Place) -> tuple[str, ...]:
+    if not archive.is_folder():
+        return ("folders", "imagenet21k")
+    suffixes = {PurePosixPath(entry.name.lower()).suffix for entry in visible(archive)}
+    if suffixes & {".csv", ".json"}:
+        return ("kinetics", "ssv2")
+    return ("folders", "imagenet21k") if ".tar" in suffixes else ("folders",)

@@ -1,4 +1,4 @@
-"""What every recogniser of raw archives gives: a `Source`, and what scanning it gives: `Member`s.
+"""What recognisers of raw archives give, a `Source`, and what scanning it gives, `Member`s.
 
 A source is a description, small whatever the archive's size: which pieces of it can be scanned
 apart from each other (`Unit`), how a member's class is found, and which splits and class names
@@ -7,7 +7,7 @@ the release itself brings. Recognisers read names and lists, never sample bytes.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pipelines.storage import Place
 
@@ -105,7 +105,8 @@ class Member:
         split: The release's own split, if it has any.
         problem: Why this is no sample, or None.
         remark: What is unusual about a sample that is kept, such as "is CMYK"; None: nothing.
-        lost: Bytes of the archive that a damaged piece makes unreadable; 0 for everything else.
+        lost: Bytes of the archive that a damaged piece makes unreadable; None: it is cut off, and
+            nobody knows what should follow; 0 for everything else.
     """
 
     key: str
@@ -117,4 +118,16 @@ class Member:
     split: str | None = None
     problem: str | None = None
     remark: str | None = None
-    lost: int = 0
+    lost: int | None = 0
+
+
+class Found(NamedTuple):
+    """What looking at the bytes of a file gave.
+
+    Attributes:
+        problem: Why it is no sample, or None.
+        remark: What is unusual about a sample, one or more of few texts joined by "; "; or None.
+    """
+
+    problem: str | None
+    remark: str | None

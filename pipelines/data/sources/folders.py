@@ -6,7 +6,7 @@ Listings are as few as there are splits, and those of a few classes, whatever th
 
 The folders at the top are splits if all of them are named as splits are, or if `train` is among
 them. A class of `val` or `test` that `train` lacks would be a wrong label (Tiny-ImageNet's `val`
-holds all its images in one folder `images`): it is refused.
+holds all its images in one folder `images`): it is refused, as is a split without class folders.
 """
 
 from itertools import islice
@@ -33,7 +33,7 @@ def recognise(archive: Place) -> Source | None:
     """Describe a tree of class folders, or a tar of one; None: no samples are found in folders.
 
     Raises:
-        ArchiveError: A split has classes that `train` lacks.
+        ArchiveError: A split has no classes, or classes that `train` lacks.
     """
     if not archive.is_folder():
         return _packed(archive)
@@ -44,8 +44,8 @@ def recognise(archive: Place) -> Source | None:
     splits = [entry.name for entry in folders if split_of(entry.name) is not None]
     if splits and (len(splits) == len(folders) or "train" in map(split_of, splits)):
         source = _splits(archive, splits)
-        if source is not None:
-            return source
+        if source is not None or len(splits) == len(folders) > 1:
+            return source  # files right below train and val have no classes
     units = _class_folders(archive, "", folders, None)
     return _source(archive, units, ())
 
@@ -55,8 +55,15 @@ def _splits(archive: Place, names: list[str]) -> Source | None:
     for name in names:
         entries = [entry for entry in visible(archive / name) if entry.is_folder]
         units[name] = _class_folders(archive, f"{name}/", entries, split_of(name))
-    if not all(units.values()):
+    if not any(units.values()):
         return None
+    names = [name for name in names if visible(archive / name)]
+    flat = [name for name in names if not units[name]]
+    if flat:
+        raise ArchiveError(
+            f"archive {archive}: {flat[0]} holds no class folders with images or videos, as others "
+            f"beside it do; sort its files into the folders of their classes, or take {flat[0]} out"
+        )
     _check_classes(archive, names, units)
     order = in_order({split for name in names if (split := split_of(name)) is not None})
     in_turn = sorted(

@@ -20,7 +20,13 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import PurePosixPath
 
-from pipelines.data.archives.names import is_tar, media_of, printable, split_of
+from pipelines.data.archives.names import (
+    SMALL_CLASSES,
+    is_tar,
+    media_of,
+    printable,
+    split_of,
+)
 from pipelines.data.sources.base import Listed, Source, Stream, Unit
 from pipelines.data.sources.peek import (
     class_words,
@@ -36,7 +42,6 @@ from pipelines.storage import Entry, Place
 
 WNID = re.compile(r"n\d{8}")
 MANY_CLASSES = 5000  # no other class tree with wnids is as large
-SMALL_CLASSES = "small_classes"
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.jpe?g", re.IGNORECASE)
 VAL_SOLUTION, VAL_LABELS = "LOC_val_solution.csv", "imagenet_2012_validation_synset_labels.txt"

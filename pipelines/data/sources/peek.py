@@ -116,8 +116,8 @@ def inner_tars(place: Place, path: str, split: str | None = None) -> tuple[Unit,
         split: The release's own split that it is.
 
     Returns:
-        A unit per inner tar. If the outer tar is damaged, the last unit begins at the damage, so
-        that scanning it tells what is lost.
+        A unit per inner tar. If the outer tar is damaged, the last unit begins at the damage, or
+        where the file ends in the midst of an inner tar, so that scanning it tells what is lost.
     """
     units = []
     with plain_errors(place), place.open() as file:
@@ -126,7 +126,7 @@ def inner_tars(place: Place, path: str, split: str | None = None) -> tuple[Unit,
                 entry = step if isinstance(step, TarEntry) else step.entry
                 assert entry is not None
                 units += _inner_unit(entry, path, split)
-            else:
+            if isinstance(step, Damage):
                 units.append(_damaged(step, place, path, split))
     return tuple(units)
 
@@ -149,12 +149,13 @@ def _inner_unit(entry: TarEntry, path: str, split: str | None) -> list[Unit]:
 
 
 def _damaged(damage: Damage, place: Place, path: str, split: str | None) -> Unit:
+    cut = damage.lost if damage.entry and is_tar(damage.entry.name) else 0  # it has its own unit
     return Unit(
         kind="tar",
         path=path,
         name=printable(place.name),
-        size=damage.lost,
-        start=damage.position,
+        size=damage.lost - cut,
+        start=damage.position + cut,
         split=split,
     )
 

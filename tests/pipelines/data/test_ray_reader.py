@@ -62,6 +62,7 @@ def test_batches_are_those_of_threads_to_the_bit_from_any_position(
     assert_same(taken(RayStream(**arguments), position, 7), taken_by_threads(arguments, position))
 
 
+@pytest.mark.slow
 def test_ranks_share_the_cluster_and_each_gets_its_own_rows(arguments: dict[str, Any]):
     arguments |= {"world": 2, "read": ReadConfig(threads=1)}
     both = [RayStream(**(arguments | {"rank": rank})) for rank in range(2)]
@@ -105,6 +106,7 @@ def test_a_sample_that_does_not_decode_ends_it_with_the_same_line(arguments: dic
     assert_cpus_come_back()
 
 
+@pytest.mark.slow
 def test_a_sample_that_may_be_skipped_is_replaced_and_counted_alike(arguments: dict[str, Any]):
     damage(arguments)
     read = ReadConfig(threads=2, on_corrupt="skip", corrupt_share=0.2)
@@ -117,6 +119,7 @@ def test_a_sample_that_may_be_skipped_is_replaced_and_counted_alike(arguments: d
     assert remote.skipped_samples == threads.skipped_samples
 
 
+@pytest.mark.slow
 def test_skipping_too_many_ends_it_on_the_rank_that_asked(arguments: dict[str, Any]):
     damage(arguments)
     arguments |= {"read": ReadConfig(threads=2, on_corrupt="skip", corrupt_share=0.001)}

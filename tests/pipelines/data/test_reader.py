@@ -4,6 +4,7 @@ import pickle
 import threading
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines.data.manifest import INDEX, INDEX_SCHEMA, MANIFEST, read_index, write_index
@@ -140,6 +141,15 @@ def test_an_index_of_fewer_samples_than_the_manifest_is_refused(folder):
     with pytest.raises(
         DatasetError,
         match=rf"{INDEX} lists 4 samples of shard-000000\.tar, {MANIFEST} says 5" + REPAIR,
+    ):
+        open_reader(folder)
+
+
+def test_an_index_of_other_columns_is_refused(folder):
+    pq.write_table(pa.table({"name": ["a"]}), folder / INDEX)
+
+    with pytest.raises(
+        DatasetError, match=rf"{INDEX} cannot be read: its columns are others" + REPAIR
     ):
         open_reader(folder)
 

@@ -216,16 +216,29 @@ def test_more_bad_samples_than_the_budget_stop_the_run(make_dataset, files):
         rows.train(7, 0)
 
 
-def test_the_budget_is_of_an_epoch_first_and_then_of_what_was_read():
+def test_a_dataset_of_one_sample_that_does_not_decode_is_given_up(make_dataset):
+    rows = skipping(make_dataset([BROKEN]))
+
+    with pytest.raises(
+        DatasetError, match=r"and the 0 samples after it cannot be used, the last of them: does not"
+    ):
+        rows.train(0, 0)
+
+
+def test_the_budget_is_of_all_epochs_begun():
     damage = Damage(Place("there"), 0.01, 1000)
     for _ in range(10):
         damage.skip("sample 'a'", "bad")
     with pytest.raises(DatasetError, match="11 of 1000 samples were skipped"):
         damage.skip("sample 'b'", "bad")
 
-    damage.read(1200)
-    damage.skip("sample 'b'", "bad")
-    with pytest.raises(DatasetError, match=r"13 of 1200 samples .* the last is sample 'c': worse"):
+    damage.read(1000)
+    with pytest.raises(DatasetError, match="12 of 1000 samples were skipped"):
+        damage.skip("sample 'b'", "bad")
+    damage.read(1)
+    for _ in range(8):
+        damage.skip("sample 'b'", "bad")
+    with pytest.raises(DatasetError, match=r"21 of 2000 samples .* the last is sample 'c': worse"):
         damage.skip("sample 'c'", "worse")
 
 

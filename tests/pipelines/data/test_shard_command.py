@@ -135,4 +135,14 @@ def test_options_that_do_not_go_together_are_refused(tmp_path: Path, archive: Pa
         run(shard.main, archive, tmp_path / "out", "--append", "--resize", 8)
     with pytest.raises(UsageError, match="--quality 50 is that of --resize; give both or neither"):
         run(shard.main, archive, tmp_path / "out", "--quality", 50)
+    with pytest.raises(UsageError, match="a quality from 1 to 100, got 8 and 0"):
+        run(shard.main, archive, tmp_path / "out", "--resize", 8, "--quality", 0)
     assert not (tmp_path / "out").exists()
+
+
+def test_parts_are_not_mixed_into_one_dataset(tmp_path: Path, archive: Path) -> None:
+    run(shard.main, archive, tmp_path / "out")
+    with pytest.raises(
+        UsageError, match=r"out, which is one dataset, .*\(train, val\); give the f"
+    ):
+        run(shard.main, archive, tmp_path / "out", "--append", "--val-fraction", 0.2)

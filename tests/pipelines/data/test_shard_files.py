@@ -1,13 +1,18 @@
 """Shards of an object store: fetched before they are needed, read again when pushed out."""
 
+import hashlib
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
-from pipelines.data.manifest import read_manifest
-from pipelines.data.reader import SampleReader
-from pipelines.data.settings import OrderConfig, ReadConfig
+from pipelines.data.manifest import INDEX, read_index, read_manifest, write_index
+from pipelines.data.reader import DamagedSampleError, SampleReader
+from pipelines.data.settings import AugmentConfig, OrderConfig, ReadConfig
 from pipelines.data.shard_files import CachedShards, default_cache
 from pipelines.errors import DatasetError
 from pipelines.storage import Place, StorageError
@@ -117,6 +122,114 @@ def test_what_fails_ahead_is_told_when_it_is_read(tmp_path, remote, files):
         reader.read(7)
     assert reader.read(12) == files[12]
     reader.close()
+
+
+def damage(path, data):
+    """Change the middle of a file's bytes where they lie in a shard."""
+    content = path.read_bytes()
+    at = content.index(data) + len(data) // 2
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_copy_in_the_cache_that_has_gone_bad_is_fetched_again(tmp_path, remote, files, cut):
+    reader = SampleReader(remote, cached(tmp_path))
+    reader.read(7)
+    (copy,) = (tmp_path / "cache").glob("*.tar")
+    if cut:
+        os.truncate(copy, copy.read_bytes().index(files[8]) + 9)
+    else:
+        damage(copy, files[8])
+
+    assert reader.read(8) == files[8]
+
+    assert hashlib.sha256(copy.read_bytes()).hexdigest().startswith(copy.name[:32])
+    assert reader.read(9) == files[9]
+    reader.close()
+
+
+def test_threads_that_find_a_copy_gone_bad_all_get_the_right_bytes(tmp_path, remote, files):
+    reader = SampleReader(remote, cached(tmp_path))
+    reader.read(7)
+    (copy,) = (tmp_path / "cache").glob("*.tar")
+    for sample in (5, 6, 8, 9):
+        damage(copy, files[sample])
+
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(reader.read, [5, 6, 8, 9] * 4))
+
+    assert got == [files[sample] for sample in [5, 6, 8, 9] * 4]
+    reader.close()
+
+
+def test_what_the_store_has_damaged_itself_is_fetched_again_but_once(tmp_path, remote, files):
+    table = read_index(remote)
+    crcs = [crc ^ (sample in (7, 8)) for sample, crc in enumerate(table["crc32"].to_pylist())]
+    column = table.schema.get_field_index("crc32")
+    table = table.set_column(column, "crc32", pa.array(crcs, pa.uint32()))
+    write_index(remote, [table.slice(start, 5) for start in range(0, 26, 5)])
+    reader = SampleReader(remote, cached(tmp_path))
+
+    assert reader.read(9) == files[9]
+    (path,) = (tmp_path / "cache").glob("*.tar")
+
+    with path.open() as first:
+        with pytest.raises(DamagedSampleError, match=r"not those that were written \(crc32\)"):
+            reader.read(7)
+        assert os.fstat(first.fileno()).st_nlink == 0
+    with path.open() as second:
+        with pytest.raises(DamagedSampleError, match=r"not those that were written \(crc32\)"):
+            reader.read(8)
+        assert os.fstat(second.fileno()).st_nlink == 1
+    assert reader.read(9) == files[9]
+    reader.close()
+
+
+def test_shards_that_were_pushed_out_leave_the_disk_when_the_next_are_fetched(tmp_path, remote):
+    size = read_manifest(remote).shards[0].bytes
+    reader = SampleReader(remote, cached(tmp_path, gib=2.5 * size / 2**30))
+    for sample in range(0, 26, 5):
+        reader.read(sample)
+    assert len(deleted_files(tmp_path)) == 3
+
+    reader.prefetch([4])
+
+    assert deleted_files(tmp_path) == []
+    reader.close()
+
+
+def deleted_files(tmp_path):
+    """Files of the cache that only this process still holds."""
+    links = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            links.append(str(descriptor.readlink()))
+    return [link for link in links if link.startswith(str(tmp_path)) and "(deleted)" in link]
+
+
+def test_an_index_that_cannot_be_reached_any_more_is_told(tmp_path, remote):
+    reader = SampleReader(remote, cached(tmp_path))
+    (remote / INDEX).remove()
+
+    with pytest.raises(StorageError, match=rf"^s3://.*/{INDEX} (does not exist|cannot be)"):
+        reader.key(7)
+    reader.close()
+
+
+def test_with_mixup_the_shards_of_the_rows_before_are_fetched_too(tmp_path, remote):
+    mixed = AugmentConfig(mixup=0.5)
+    streams = [
+        open_train(remote, read=cached(tmp_path / name), order=OrderConfig(lanes=4, window=1),
+                   rank=1, world=2, augment=augment)
+        for name, augment in (("plain", AugmentConfig()), ("mixed", mixed))
+    ]  # fmt: skip
+    fetched = []
+    for stream, name in zip(streams, ("plain", "mixed"), strict=True):
+        next(stream.batches(START))
+        stream.close()
+        fetched.append(set(kept(tmp_path / name)))
+
+    assert fetched[0] < fetched[1]
 
 
 def test_a_missing_object_is_refused_by_name(tmp_path, remote):

@@ -240,6 +240,19 @@ def test_evaluation_leaves_out_what_may_be_skipped(make_dataset, files):
     assert stream.skipped_samples[0].startswith("sample 'key_7' in ")
 
 
+@pytest.mark.parametrize(("world", "rank", "bad"), [(1, 0, (0, 1)), (2, 0, (0,)), (2, 1, (8,))])
+def test_what_one_evaluation_may_skip_every_one_may(make_dataset, files, world, rank, bad):
+    """Two bad samples of 26, the first that are read: as bad a beginning in every evaluation."""
+    for sample in bad:
+        files[sample] = BROKEN
+    read = ReadConfig(on_corrupt="skip", corrupt_share=len(bad) / (26 if world == 1 else 10))
+    stream = open_eval(make_dataset(files), read=read, rank=rank, world=world)
+
+    for _ in range(3):
+        assert sum(int(batch.valid_B.sum()) for batch in stream) > 0
+    assert stream.skipped == 3 * len(bad)
+
+
 # Evaluation
 
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from pipelines.data.archives.probe import Found, probe
+from pipelines.data.archives.probe import probe
 from pipelines.data.pixels import decode
+from pipelines.data.sources.base import Found
 from tests.raw_archives import encoded, jpeg, picture
 
 

@@ -190,7 +190,7 @@ def test_links_in_folders_are_followed_and_circles_end(tmp_path: Path) -> None:
     members = tree(folder)
     assert [m.problem for m in members if m.name in ("cat/a.jpg", "cat/b.jpg")] == [None, None]
     problems = {m.problem for m in members if m.problem}
-    assert "cannot be read: No such file or directory" in problems
+    assert "is a link that leads nowhere" in problems
     assert any("lies more than 16 folders deep" in problem for problem in problems)
 
 
@@ -221,13 +221,35 @@ def test_a_file_in_a_tar_has_the_class_of_its_folder_and_the_split_above(tmp_pat
     names = ["train/cat/1.jpg", "./data/val/dog/1.jpg", "cat/2.jpg", "3.jpg"]
     path = write_tar(tmp_path / "all.tar", {name: jpeg() for name in names})
     unit = Unit(kind="tar", path="", name="all.tar", size=path.stat().st_size)
-    told = [(m.key, m.class_name, m.split, m.problem) for m in scan(source(path, unit), unit)]
+    whole = source(path, unit, splits=("train", "val"))
+    told = [(m.key, m.class_name, m.split, m.problem) for m in scan(whole, unit)]
     assert told == [
         ("cat_1", "cat", "train", None),
         ("dog_1", "dog", "val", None),
-        ("cat_2", "cat", None, None),
+        ("2", None, None, "lies in no class folder of train or val"),
         ("3", None, None, "lies in no class folder"),
     ]
+
+
+def test_a_file_outside_the_splits_of_a_tar_is_no_sample_of_the_first(tmp_path: Path) -> None:
+    names = ["train/n01/images/1.jpg", "test/1.jpg", "test/cat/1.jpg", "small_classes/n02/1.jpg"]
+    path = write_tar(tmp_path / "all.tar", {name: jpeg() for name in names})
+    unit = Unit(kind="tar", path="", name="all.tar", size=path.stat().st_size)
+    outside = (None, None, "lies in no class folder of train")
+    whole = source(path, unit, splits=("train",))
+    told = [(m.class_name, m.split, m.problem) for m in scan(whole, unit)]
+    assert told == [("n01", "train", None), outside, outside, outside]
+    processed = source(path, unit, splits=("train",), layout="imagenet21k-p")
+    *_, small = scan(processed, unit)
+    assert (small.class_name, small.split, small.problem) == ("n02", "small_classes", None)
+
+
+def test_how_much_a_cut_off_tar_of_many_classes_lacks_is_not_known(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "all.tar", {f"cat/{k}.jpg": jpeg(k) for k in range(3)})
+    path.write_bytes(path.read_bytes()[:-10_000])
+    unit = Unit(kind="tar", path="", name="all.tar", size=path.stat().st_size)
+    *_, lost = scan(source(path, unit), unit)
+    assert (lost.name, lost.lost) == ("all.tar", None)
 
 
 @pytest.mark.slow

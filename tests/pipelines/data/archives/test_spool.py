@@ -294,7 +294,7 @@ def test_a_truncated_stream_keeps_the_members_before_the_cut(tmp_path: Path, sha
     there = len(zlib.decompressobj(31).decompress(path.read_bytes()))
     assert len(good) == sum(end <= there for end in ends(whole))
     assert lost.problem == ("is cut off: its compressed data end too early; what followed is lost")
-    assert lost.name == "a.tar.gz/a.tar.gz"
+    assert (lost.name, lost.lost) == ("a.tar.gz/a.tar.gz", None)
 
 
 def test_a_damaged_stream_keeps_the_members_before_the_damage(tmp_path: Path) -> None:
@@ -309,6 +309,7 @@ def test_a_damaged_stream_keeps_the_members_before_the_damage(tmp_path: Path) ->
     there = len(zlib.decompressobj(31).decompress(whole[:half]))
     assert len(good) >= sum(end <= there for end in ends(whole)) > 1
     assert (lost.problem or "").startswith("is damaged: its compressed data break off at byte ")
+    assert lost.lost is not None
     assert 0 < lost.lost <= half
 
 
@@ -331,6 +332,7 @@ def test_a_tar_that_ends_early_in_a_whole_stream_is_told(tmp_path: Path) -> None
         *kept, lost = members(spooled(find_source(Place(str(path))), tmp_path / name))
         assert any(member.problem is None for member in kept)
         assert "is cut off" in (lost.problem or "") or "goes on after" in (lost.problem or "")
+        assert (lost.lost is None) == (name == "short")
 
 
 def test_parts_and_gzip_members_are_one_stream(tmp_path: Path) -> None:

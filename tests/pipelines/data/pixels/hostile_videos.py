@@ -11,6 +11,7 @@ from functools import cache
 
 import av
 import numpy as np
+from av.bitstream import BitStreamFilterContext
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -85,6 +86,37 @@ def encode(
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
     return file.getvalue()
+
+
+def turned_on_the_way() -> bytes:
+    """24 frames, of which the stream itself says that the 13th is to be turned by 90 degrees."""
+    upright = encode(count=12, options={"g": "12", "bf": "0"})
+    halves = [
+        _annex_b(upright),
+        _annex_b(upright, ",h264_metadata=display_orientation=insert:rotate=90"),
+    ]
+    file = io.BytesIO()
+    with (
+        av.open(io.BytesIO(b"".join(halves)), format="h264") as joined,
+        av.open(file, "w", format="mpegts") as out,
+    ):
+        stream = out.add_stream_from_template(joined.streams.video[0])
+        for number, packet in enumerate(joined.demux(video=0)):
+            if packet.size:
+                packet.pts = packet.dts = 3600 * number
+                packet.stream = stream
+                out.mux(packet)
+    return file.getvalue()
+
+
+def _annex_b(data: bytes, more: str = "") -> bytes:
+    """The bare stream of an H.264 video, perhaps filtered."""
+    with av.open(io.BytesIO(data)) as video:
+        stream = video.streams.video[0]
+        change = BitStreamFilterContext(f"h264_mp4toannexb{more}", stream)
+        return b"".join(
+            bytes(changed) for packet in video.demux(stream) for changed in change.filter(packet)
+        )
 
 
 def sound(*, container: str = "mp4", codec: str = "aac") -> bytes:

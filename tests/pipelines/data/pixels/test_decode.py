@@ -210,6 +210,16 @@ def test_a_head_is_read_only_of_the_common_kinds_of_jpeg(noise, encode):
     assert jpeg_header(twelve_bits) is None
 
 
+def test_a_sampling_of_colours_that_simplejpeg_has_no_name_for_is_pillows():
+    data = bytearray(jpeg(grain(40, 60), "444"))
+    data[data.index(b"\xff\xc0") + 11] = 0x14  # a quarter of the rows for colours
+
+    pillow, fast = by_both(bytes(data), lambda *_: (0, 0, 40, 9))
+
+    assert np.array_equal(pillow, fast)
+    assert np.array_equal(pillow, np.asarray(decode_rgb(data))[:9])
+
+
 def outcome(data, decoder, window):
     """Pixels, or that there are none."""
     try:

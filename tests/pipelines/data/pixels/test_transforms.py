@@ -226,6 +226,15 @@ def test_evaluation_takes_every_shape_of_image(encode):
         assert (eval_image(data, size=24, resize=27, decoder="pillow") == [9, 80, 200]).all()
 
 
+def test_a_thin_image_is_not_scaled_beyond_its_centre(noise, encode):
+    """All of this one would be 64 x 3,840,000 pixels."""
+    data = encode(noise(1, 60_000))
+
+    pillow, fast = (eval_image(data, size=64, resize=64, decoder=d) for d in DECODERS)
+
+    assert np.array_equal(pillow, fast)
+
+
 def test_draws_come_in_the_order_crop_flip_variation(noise, encode):
     data = encode(noise(60, 50))
     augment = AugmentConfig(flip=0.5, randaugment_layers=2, randaugment_magnitude=8, grey=0.5)

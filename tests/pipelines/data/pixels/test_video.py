@@ -27,6 +27,7 @@ from tests.pipelines.data.pixels.hostile_videos import (
     number_of,
     numbered_frame,
     overwritten,
+    turned_on_the_way,
 )
 
 DATA = Path(__file__).parents[5] / "shared" / "data"
@@ -204,6 +205,18 @@ def test_real_phone_videos_are_turned_as_players_do():
     ]
 
     assert shapes == [(1, 320, 568, 3), (1, 568, 320, 3)]
+
+
+def test_a_video_that_asks_to_be_turned_on_the_way_stays_as_its_clip_began():
+    data = turned_on_the_way()
+    with av.open(io.BytesIO(data)) as container:
+        assert [frame.rotation for frame in container.decode(video=0)].index(90) == 12
+
+    with open_video(data) as video:
+        whole = video.read(range(24))
+
+    assert whole.shape == (24, 64, 128, 3)
+    assert [number_of(whole[place]) for place in (0, 23)] == [0, 11]
 
 
 def test_pixels_that_are_not_square_become_square():

@@ -162,6 +162,15 @@ def test_a_shard_of_known_keys_alone_has_no_file(pack: PackJob, tmp_path: Path) 
     assert not (tmp_path / "out/shard-000000.tar").exists()
 
 
+def test_a_shard_without_samples_leaves_no_file_of_an_interrupted_run(
+    pack: PackJob, tmp_path: Path
+) -> None:
+    write_shard(pack, WHOLE)
+    nothing = replace(pack, files=())
+    assert write_shard(nothing, WHOLE) == Packed(kept=False, samples=0)
+    assert not (tmp_path / "out" / WHOLE.name).exists()
+
+
 def test_a_sample_without_a_class_has_no_cls(pack: PackJob, tmp_path: Path) -> None:
     listed = {key: Listed(class_name=None, split="test") for key in KEYS}
     unit = replace(pack.job.source.units[0], class_name=None)

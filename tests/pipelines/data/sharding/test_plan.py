@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from pipelines.data.manifest import Manifest
 from pipelines.data.sharding.plan import (
     BINS,
     Part,
@@ -15,6 +16,7 @@ from pipelines.data.sharding.plan import (
     check_classes,
     check_labels,
     check_quality,
+    check_splits,
     cut,
     grouped,
     order_hash,
@@ -147,8 +149,9 @@ def test_a_shard_is_named_after_its_number() -> None:
 def test_numbers_of_units_add_up() -> None:
     total = PartCount()
     total.add(PartCount(samples=2, bytes=20, classes={"a": 2}))
-    total.add(PartCount(samples=1, bytes=10, problems=1, lost=25, classes={"a": 1}))
-    assert total == PartCount(samples=3, bytes=30, problems=1, lost=25, classes={"a": 3})
+    more = {"problems": 1, "lost": 25, "open_ended": 1}
+    total.add(PartCount(samples=1, bytes=10, **more, classes={"a": 1}))
+    assert total == PartCount(samples=3, bytes=30, **more, classes={"a": 3})
     assert total.bad == 1 + 3
 
 
@@ -165,6 +168,42 @@ def test_bad_members_and_what_damage_cost_are_held_against_the_limit() -> None:
     )
     with pytest.raises(ArchiveError, match=message):
         check(PartCount(samples=98, bytes=980, problems=1, lost=15))
+
+
+def test_a_loss_that_nobody_can_tell_is_taken_only_where_any_is() -> None:
+    count = PartCount(samples=1000, bytes=1000, problems=1, open_ended=1)
+    message = (
+        r"^archive raw is cut off, and nobody can tell how much of it is missing; fetch it again, "
+        r"or take what is there with --max-bad-fraction 1 \(what was found is kept in out/"
+    )
+    with pytest.raises(ArchiveError, match=message):
+        check(count, 0.9)
+    check(count, 1.0)
+
+
+def test_classes_that_the_train_split_lacks_are_refused_unless_they_are_given() -> None:
+    splits = replace(SOURCE, splits=("train", "val"))
+    counts = (PartCount(classes={"a": 1}), PartCount(classes={"a": 1, "images": 9}))
+    message = r"archive raw: val has 1 classes that train lacks, such as 'images'; sort .*--classes"
+    with pytest.raises(ArchiveError, match=message):
+        check_splits(splits, ("train", "val"), counts, None)
+    check_splits(splits, ("train", "val"), counts, ("a", "images"))
+    check_splits(SOURCE, ("train", "val"), counts, None)
+    check_splits(splits, ("val",), counts[1:], None)
+
+
+def test_labelled_samples_and_others_make_no_dataset_together() -> None:
+    base = Manifest(
+        version=1, classes=("a",), sources=(), seed=0, samples=3, bytes=3, shards=(), skipped=()
+    )
+    unlabelled = PartCount(samples=4, unlabelled=4)
+    check_labels(SOURCE, "test", unlabelled, replace(base, labelled=False))
+    check_labels(SOURCE, "test", PartCount(samples=4), base)
+    message = r"samples of part 'test' have none, and those of the dataset have classes; make a"
+    with pytest.raises(ArchiveError, match=message):
+        check_labels(SOURCE, "test", unlabelled, base)
+    with pytest.raises(ArchiveError, match=r"'test' have classes, and those .* have none; make a"):
+        check_labels(SOURCE, "test", PartCount(samples=4), replace(base, labelled=False))
 
 
 def test_an_archive_without_samples_is_refused() -> None:

@@ -112,6 +112,26 @@ def test_a_tar_that_cannot_be_read_now_is_scanned_again_later(job: ShardJob) -> 
     assert scan_unit(job, 1).counts[0].samples == 20
 
 
+def test_a_file_that_cannot_be_read_now_is_no_bad_sample(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "raw/cat").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"raw/cat/{name}.jpg").write_bytes(b"x")
+    found = source(tmp_path / "raw")
+    made = ShardJob(
+        source=found,
+        units=unit_digests(found),
+        parts=(Part(name="all", out=place(tmp_path / "out")),),
+        scratch=place(tmp_path / "scan"),
+        classes=None,
+        seed=7,
+    )
+    (tmp_path / "raw/cat").rename(tmp_path / "raw/dog")
+    (tmp_path / "raw/cat").write_bytes(b"")  # as a folder that may not be listed
+    with pytest.raises(OSError, match=r"^cat/ cannot be read: Not a directory$"):
+        scan_unit(made, 0)
+    assert not scan_file(made, 0).is_file()
+
+
 def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:
     def fail() -> None:
         with whole_file(place(tmp_path / "x")) as path:

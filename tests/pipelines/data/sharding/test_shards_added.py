@@ -149,6 +149,18 @@ def test_an_archive_that_brings_nothing_new_makes_no_version(
     assert contents(dataset) == before
 
 
+def test_an_archive_that_shrank_or_got_an_empty_folder_makes_no_version(
+    tmp_path: Path, dataset: Path, make_archive: MakeArchive, write_tar: WriteTar
+) -> None:
+    raw = make_archive(tmp_path / "raw")
+    (raw / "n00000002.tar").unlink()
+    before = contents(dataset)
+    assert add_archive(source(raw), place(dataset)).did_nothing
+    write_tar(raw / "n00000002.tar", {})
+    assert add_archive(source(raw), place(dataset)).did_nothing
+    assert contents(dataset) == before
+
+
 def test_an_interrupted_addition_is_continued(
     tmp_path: Path, dataset: Path, make_archive: MakeArchive
 ) -> None:

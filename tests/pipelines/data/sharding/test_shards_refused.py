@@ -1,5 +1,6 @@
 """What sharding refuses, in one line each, and what is left where it does."""
 
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,8 @@ from pipelines.data.manifest import Resized, write_manifest
 from pipelines.data.sharding.pack import UNFINISHED
 from pipelines.data.sharding.shards import ShardingReport, add_archive, write_parts, write_shards
 from pipelines.data.verify import verify
-from pipelines.errors import ArchiveError, DatasetError, UsageError
+from pipelines.errors import ArchiveError, DatasetError, RunError, UsageError
+from pipelines.storage import StorageError
 from tests.pipelines.data.sharding.sharded import contents, folder, keys, place, source
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -171,8 +173,36 @@ def test_an_output_that_cannot_be_made_is_refused(tmp_path: Path, archive: Path)
     (tmp_path / "out").write_text("mine")
     with pytest.raises(DatasetError, match="is a file; choose an empty folder"):
         write_shards(source(archive), place(tmp_path / "out"))
-    with pytest.raises(DatasetError, match=r"Not a directory.*mend this and run the same again"):
+    with pytest.raises(StorageError, match=r"out/below cannot be .*: Not a directory; mend that"):
         write_shards(source(archive), place(tmp_path / "out/below"))
+
+
+def test_two_runs_into_one_folder_at_once_are_refused(tmp_path: Path, archive: Path) -> None:
+    out = place(tmp_path / "out")
+    refused = []
+
+    def run_again(stage: str, done: int, total: int) -> None:
+        with pytest.raises(RunError, match=r"another sharding into .*out is under way \(it holds "):
+            write_shards(source(archive), out)
+        refused.append(stage)
+
+    report = write_shards(source(archive), out, progress=run_again)
+    assert set(refused) == {"scan", "write"}
+    assert report.samples == 60
+    assert verify(report.folder) == []
+    assert not (tmp_path / "out" / UNFINISHED).exists()
+
+
+def test_a_truncated_stream_is_taken_only_where_any_loss_is(tmp_path: Path, archive: Path) -> None:
+    path = tmp_path / "raw.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        for each in sorted(archive.iterdir()):
+            tar.add(each, each.name)
+    path.write_bytes(path.read_bytes()[:-4])  # all samples are there, and nobody knows
+    out = place(tmp_path / "out")
+    with pytest.raises(ArchiveError, match=r"is cut off, and nobody can tell .*bad-fraction 1 \("):
+        write_shards(source(path), out, max_bad_fraction=0.5)
+    assert write_shards(source(path), out, max_bad_fraction=1.0).samples == 60
 
 
 def test_a_dataset_of_another_archive_is_not_overwritten(
@@ -212,6 +242,9 @@ def test_parts_and_settings_that_cannot_be_are_refused(tmp_path: Path, archive: 
         write_shards(raw, out, samples_per_shard=0)
     with pytest.raises(UsageError, match="a quality from 1 to 100, got 32 and 0"):
         write_shards(raw, out, resized=Resized(short_side=32, quality=0))
+    for share in (-0.1, 1.5, float("nan")):
+        with pytest.raises(UsageError, match=rf"bad files that is allowed is .*, got {share}$"):
+            write_shards(raw, out, max_bad_fraction=share)
     videos = replace(raw, media="video")
     with pytest.raises(UsageError, match="holds videos, and only images can be resized; leave out"):
         write_shards(videos, out, resized=Resized(short_side=32, quality=90))

@@ -86,6 +86,43 @@ def test_a_class_that_train_lacks_is_refused(tmp_path: Path) -> None:
         found(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["test", "val"])
+def test_a_split_without_class_folders_is_refused_and_no_class(tmp_path: Path, name: str) -> None:
+    write_files(tmp_path, tree("train/") | {f"{name}/1.jpg": jpeg()})
+    with pytest.raises(
+        ArchiveError,
+        match=rf"{name} holds no class folders with images or videos, as others beside it do; sort "
+        rf"its files into the folders of their classes, or take {name} out",
+    ):
+        found(tmp_path)
+    write_files(tmp_path, {f"{name}/cat/1.jpg": jpeg()})
+    (tmp_path / name / "1.jpg").unlink()
+    (tmp_path / "valid").mkdir()
+    assert "cat" in {unit.class_name for unit in found(tmp_path).units}
+
+
+def test_splits_without_classes_are_no_classes(tmp_path: Path) -> None:
+    write_files(tmp_path, {"train/1.jpg": jpeg(), "val/2.jpg": jpeg()})
+    with pytest.raises(
+        ArchiveError, match=r"2 folders \(train, val\); expected is a folder per cl"
+    ):
+        found(tmp_path)
+
+
+def test_the_layouts_that_are_named_come_near_to_what_lies_there(tmp_path: Path) -> None:
+    write_files(tmp_path, {"lists/a.csv": b"", "else/b.txt": b""})
+    for name in ("train", "part-2"):
+        write_tar(tmp_path / "tars" / f"{name}.tar", tree())
+    for name, layouts in (
+        ("lists", r"\(kinetics\), or .* \(ssv2\)"),
+        ("tars", r"\(folders\), or .* \(imagenet21k\)"),
+        ("else", r"\(folders\)"),
+    ):
+        with pytest.raises(ArchiveError, match=rf"expected is [^(]*{layouts}$") as refused:
+            found(tmp_path / name)
+        assert len(str(refused.value).replace(str(tmp_path), "")) < 350
+
+
 def test_a_tree_of_videos_is_one_of_videos(tmp_path: Path) -> None:
     write_files(tmp_path, {"wave/1.mp4": b"x", "clap/1.webm": b"x"})
     assert found(tmp_path).media == "video"
@@ -166,7 +203,7 @@ def test_the_real_tars_of_class_folders_are_recognised_and_whole() -> None:
 @pytest.mark.parametrize(
     ("files", "given", "says"),
     [
-        ({}, "absent", r"absent does not exist; expected is train\.csv or val\.csv"),
+        ({}, "absent", r"absent does not exist; expected is a folder, a tar or a \.tar\.gz"),
         ({"x/": b""}, "x", r"x is an empty folder; expected is"),
         (
             {"a.txt": b"", "b.txt": b"", "sub/c.pdf": b""},

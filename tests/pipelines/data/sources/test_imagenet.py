@@ -110,12 +110,23 @@ def test_a_truncated_outer_tar_keeps_the_members_before_the_cut(tmp_path: Path) 
     path = write_tar(tmp_path / "fall11_whole.tar", inner_tars(3))
     last = members(found(path))[-1]
     path.write_bytes(path.read_bytes()[: last.offset + 7])
-    *kept, lost = members(found(path))
+    *kept, lost, unknown = members(found(path))
     assert [member.key for member in kept][-2:] == ["n02119789_0", "n02119789_1"]
     assert len(kept) == 8
     assert lost.name == "n02119789.tar"
     assert (lost.problem or "").startswith("is cut off: it ends at byte")
+    assert lost.lost is not None
     assert lost.lost > 500
+    assert (unknown.name, unknown.problem, unknown.lost) == (path.name, lost.problem, None)
+
+
+def test_an_outer_tar_cut_off_between_two_inner_ones_is_told(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "fall11_whole.tar", inner_tars(3))
+    header = found(path).units[1].start - 512
+    path.write_bytes(path.read_bytes()[:header])
+    *kept, lost = members(found(path))
+    assert {member.class_name for member in kept} == {"n01440764"}
+    assert (lost.name, lost.lost) == (path.name, None)
 
 
 def test_a_damaged_outer_header_keeps_the_classes_before_it(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from pipelines.data.archives.scan import scan
 from pipelines.data.archives.spool import spool
+from pipelines.data.sharding.versions import unit_digests
 from pipelines.data.sources import find_source
 from pipelines.data.sources.base import Member, Source
 from pipelines.errors import ArchiveError
@@ -81,6 +82,16 @@ def test_a_truncated_tar_in_a_store_is_told(bucket: Place) -> None:  # noqa: F81
     (bucket / "n01440764.tar").write_bytes(CLASSES["n01440764.tar"][:2000])
     *_, lost = members(find_source(bucket))
     assert lost.problem == "is cut off: it ends at byte 2000; what followed is lost"
+
+
+def test_a_truncated_outer_tar_in_a_store_is_told_and_told_apart(
+    bucket: Place,  # noqa: F811
+) -> None:
+    in_second = 512 + len(CLASSES["n01440764.tar"]) + 512 + 100
+    (bucket / "whole.tar").write_bytes(tar_bytes(CLASSES)[:in_second])
+    cut = find_source(bucket / "whole.tar")
+    assert [member.lost is None for member in members(cut)][-1]
+    assert len(set(unit_digests(cut))) == len(cut.units) == 3
 
 
 def test_an_archive_that_is_not_there_is_refused(bucket: Place) -> None:  # noqa: F811
