@@ -93,5 +93,6 @@ class _Lines:
         if time.monotonic() < self._next and done < total:
             return
         self._next = time.monotonic() + _SECONDS_BETWEEN_LINES
-        line = f"{self._what} {done:g}/{total:g} {self._unit} {note}"
+        share = f"{done:g}/{total:g} {self._unit}" if self._unit else f"{done / (total or 1):.0%}"
+        line = f"{self._what} {share} {note}"
         self._console.print(line.rstrip(), markup=False, soft_wrap=True)

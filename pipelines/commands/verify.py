@@ -40,9 +40,7 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
 
 
 def _progress(meter: Meter) -> Progress:
-    return lambda done, total: meter.update(
-        done, total, f"{done / 2**30:.1f}/{total / 2**30:.1f} GiB"
-    )
+    return lambda done, total: meter.update(done, total, f"{done / 1e6:.0f}/{total / 1e6:.0f} MB")
 
 
 def datasets(folder: Place) -> list[Place]:

@@ -52,7 +52,7 @@ def test_a_dataset_is_made_told_of_and_verified(
         "  3 classes have no samples here",
     ]
     assert re.fullmatch(r"40 samples, \S+ MB in \S+ s: \d+ samples/s, \S+ MB/s", lines[3])
-    assert f"sharding {out} 3/3  write 3/3" in told.err
+    assert f"sharding {out} 100% write 3/3" in told.err
     assert run(verify.main, out) == 0
     assert "40 samples in 3 shards are whole" in capsys.readouterr().out
     assert run(shard.main, archive, out, "--classes", classes, "--samples-per-shard", 15) == 0
