@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 
 from pipelines.data.embedded import COPIES_TRAIN, COPIES_VAL
 from pipelines.data.verify import verify
+from pipelines.storage import place
 from tests.journey.commands import SHORT
 
 
@@ -39,7 +40,7 @@ def test_the_shards_are_whole_and_read_with_plain_webdataset(out, part):
     folder = out / "shards" / part
     manifest = json.loads((folder / "manifest.json").read_text())
 
-    assert verify(folder) == []
+    assert verify(place(folder)) == []
     names = [str(folder / shard["name"]) for shard in manifest["shards"]]
     samples = list(webdataset.WebDataset(names, shardshuffle=False).decode("rgb8"))
     assert len(samples) == manifest["samples"]

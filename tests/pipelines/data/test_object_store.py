@@ -110,6 +110,7 @@ class TestSharding:
         assert len(uploaded.manifest.shards) == 9
         assert verify(uploaded.folder) == []
 
+    @pytest.mark.slow
     def test_the_archive_may_lie_in_a_bucket(
         self, store: Place, archive: Place, made: ShardingReport
     ) -> None:
@@ -122,6 +123,7 @@ class TestSharding:
         assert again.did_nothing
         assert again.manifest == read_manifest(uploaded.folder)
 
+    @pytest.mark.slow
     def test_a_killed_run_is_continued_to_the_bytes_of_an_unbroken_one(
         self, store: Place, archive: Place, made: ShardingReport
     ) -> None:
@@ -139,6 +141,7 @@ class TestSharding:
         assert report.kept_shards >= 1
         assert contents(out) == contents(made.folder)
 
+    @pytest.mark.slow
     def test_an_archive_is_added_in_a_bucket_as_in_a_local_folder(
         self,
         tmp_path: Path,

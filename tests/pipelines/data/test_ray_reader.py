@@ -53,7 +53,7 @@ def arguments(
     }
 
 
-@pytest.mark.parametrize("start", [(0, 0), (2, STEPS - 1)])
+@pytest.mark.parametrize("start", [pytest.param((0, 0), marks=pytest.mark.slow), (2, STEPS - 1)])
 def test_batches_are_those_of_threads_to_the_bit_from_any_position(
     arguments: dict[str, Any], start: tuple[int, int]
 ):

@@ -1,7 +1,6 @@
 """Archives into shards on a real Ray: exact bytes, restarts, additions, splits."""
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -70,26 +69,6 @@ with ray_session(num_cpus=1):
         progress=watch,
     )
 """
-
-
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory: pytest.TempPathFactory, make_archive: MakeArchive) -> Path:
-    return make_archive(tmp_path_factory.mktemp("raw") / "archive")
-
-
-@pytest.fixture(scope="module")
-def made(
-    tmp_path_factory: pytest.TempPathFactory, archive: Path, ray_session: None
-) -> ShardingReport:
-    """Sixty images in shards of up to 25."""
-    out = tmp_path_factory.mktemp("made") / "out"
-    return write_shards(source(archive), place(out), samples_per_shard=25)
-
-
-@pytest.fixture
-def dataset(tmp_path: Path, made: ShardingReport) -> Path:
-    """A copy of `made` that a test may change."""
-    return Path(shutil.copytree(folder(made), tmp_path / "dataset"))
 
 
 def test_plain_webdataset_reads_every_image_once_and_unchanged(

@@ -9,7 +9,6 @@ import pytest
 
 from pipelines.data.manifest import index_shards, read_index, read_manifest
 from pipelines.data.sharding.shards import (
-    ShardingReport,
     add_archive,
     add_parts,
     write_parts,
@@ -17,33 +16,13 @@ from pipelines.data.sharding.shards import (
 )
 from pipelines.data.verify import verify
 from pipelines.errors import DatasetError
-from tests.pipelines.data.sharding.sharded import contents, folder, keys, place, source
+from tests.pipelines.data.sharding.sharded import contents, keys, place, source
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 MakeArchive = Callable[..., Path]
 WriteTar = Callable[..., Path]
 Jpeg = Callable[[int], bytes]
-
-
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory: pytest.TempPathFactory, make_archive: MakeArchive) -> Path:
-    return make_archive(tmp_path_factory.mktemp("raw") / "archive")
-
-
-@pytest.fixture(scope="module")
-def made(
-    tmp_path_factory: pytest.TempPathFactory, archive: Path, ray_session: None
-) -> ShardingReport:
-    """Sixty images in shards of up to 25."""
-    out = tmp_path_factory.mktemp("made") / "out"
-    return write_shards(source(archive), place(out), samples_per_shard=25)
-
-
-@pytest.fixture
-def dataset(tmp_path: Path, made: ShardingReport) -> Path:
-    """A copy of `made` that a test may change."""
-    return Path(shutil.copytree(folder(made), tmp_path / "dataset"))
 
 
 def test_adding_an_archive_leaves_old_shards_untouched(

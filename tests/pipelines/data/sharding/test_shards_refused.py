@@ -22,20 +22,6 @@ WriteTar = Callable[..., Path]
 Jpeg = Callable[[int], bytes]
 
 
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory: pytest.TempPathFactory, make_archive: MakeArchive) -> Path:
-    return make_archive(tmp_path_factory.mktemp("raw") / "archive")
-
-
-@pytest.fixture(scope="module")
-def made(
-    tmp_path_factory: pytest.TempPathFactory, archive: Path, ray_session: None
-) -> ShardingReport:
-    """Sixty images in shards of up to 25; no test here changes it."""
-    out = tmp_path_factory.mktemp("made") / "out"
-    return write_shards(source(archive), place(out), samples_per_shard=25)
-
-
 def test_too_many_bad_members_stop_the_run_and_their_scan_is_kept(
     tmp_path: Path, write_tar: WriteTar, jpeg: Jpeg
 ) -> None:
