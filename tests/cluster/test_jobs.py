@@ -183,6 +183,7 @@ class Relay:
         self.cut()
 
 
+@pytest.mark.slow
 def test_a_log_stream_that_breaks_is_taken_up_again_without_repeating_a_line(cluster):
     code = "import time\nfor i in range(6): print('line', i, flush=True); time.sleep(1)"
     pieces: list[str] = []

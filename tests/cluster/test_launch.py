@@ -97,6 +97,7 @@ def test_a_process_that_hangs_ends_the_others_after_the_timeout_and_is_named(tmp
         run(hang_on_rank_one, tmp_path, workers=replace(TWO, collective_timeout_s=3))
 
 
+@pytest.mark.slow
 def test_messages_arrive_in_order_while_the_function_runs_and_can_stop_it(tmp_path):
     def stop_at_the_third(mailbox, messages):
         def take(message):

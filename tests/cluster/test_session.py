@@ -206,6 +206,7 @@ def two_clusters(tmp_path_factory):
     return run_python(TWO_INNER_SESSIONS, tmp_path_factory.mktemp("two"))
 
 
+@pytest.mark.slow
 def test_a_session_joins_the_cluster_that_ray_address_names(two_clusters):
     assert two_clusters.stdout.splitlines()[:2] == ["joined 3", "True"], two_clusters.stderr
 

@@ -409,6 +409,7 @@ def mone(capsys, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_a_user_proves_their_own_installation(mone):
     code, out, err = mone()
 
@@ -425,6 +426,7 @@ def test_a_user_proves_their_own_installation(mone):
     assert err.splitlines()[-1] == "2 processes 4/4 comparisons"
 
 
+@pytest.mark.slow
 def test_a_difference_is_told_and_ends_with_exit_code_1(mone, monkeypatch):
     monkeypatch.setattr(parity, "TOLERANCE", 0.0)  # sums over parts round otherwise
 

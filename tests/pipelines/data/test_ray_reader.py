@@ -74,6 +74,7 @@ def test_ranks_share_the_cluster_and_each_gets_its_own_rows(arguments: dict[str,
         assert_same(batches, taken_by_threads(arguments | {"rank": rank}, START))
 
 
+@pytest.mark.slow
 def test_closing_early_gives_the_cpus_back(arguments: dict[str, Any]):
     with closing(RayStream(**arguments).batches(START)) as batches:
         next(batches)
@@ -128,6 +129,7 @@ def test_skipping_too_many_ends_it_on_the_rank_that_asked(arguments: dict[str, A
         taken(RayStream(**arguments), START, STEPS)
 
 
+@pytest.mark.slow
 def test_without_a_cpu_it_says_so_instead_of_waiting(
     arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
