@@ -102,7 +102,7 @@ def write_shards(
         resized=resized,
     )
     parts = (Part(name=part, out=out.absolute()),)
-    (report,) = _make(source, out, parts, settings, max_bad_fraction, progress)
+    (report,) = _make(source, out, parts, settings, max_bad_fraction, progress, new_version)
     return report
 
 
@@ -131,7 +131,7 @@ def write_parts(
         resized=resized,
     )
     parts = parts_of(source, out, val_fraction)
-    return _make(source, out, parts, settings, max_bad_fraction, progress)
+    return _make(source, out, parts, settings, max_bad_fraction, progress, new_version)
 
 
 def add_archive(
@@ -188,29 +188,6 @@ def parts_of(source: Source, out: Place, val_fraction: float) -> tuple[Part, ...
     return tuple(Part(name=name, out=folder / name) for name in names)
 
 
-def _make(
-    source: Source,
-    out: Place,
-    parts: tuple[Part, ...],
-    settings: Settings,
-    max_bad_fraction: float,
-    progress: Progress | None,
-) -> tuple[ShardingReport, ...]:
-    for part in parts:
-        check_part(source, part.name, settings)
-    check_classes(source, classes_of_units(source), settings.classes or source.classes)
-    units = unit_digests(source)
-    making = Making(
-        settings, max_bad_fraction=max_bad_fraction, progress=progress, fan_out=_fan_out
-    )
-    return _alone(
-        making,
-        source,
-        out.absolute(),
-        lambda: tuple(new_version(source, units, part, settings) for part in parts),
-    )
-
-
 def _add(
     source: Source,
     out: Place,
@@ -233,9 +210,22 @@ def _add(
         classes=first.classes,
         resized=first.resized,
     )
+    return _make(source, out, parts, settings, max_bad_fraction, progress, next_version)
+
+
+def _make(
+    source: Source,
+    out: Place,
+    parts: tuple[Part, ...],
+    settings: Settings,
+    max_bad_fraction: float,
+    progress: Progress | None,
+    version_of: Callable[[Source, tuple[str, ...], Part, Settings], Version],
+) -> tuple[ShardingReport, ...]:
+    """Check and make a version of every part: the first, or the next."""
     for part in parts:
         check_part(source, part.name, settings)
-    check_classes(source, classes_of_units(source), settings.classes)
+    check_classes(source, classes_of_units(source), settings.classes or source.classes)
     units = unit_digests(source)
     making = Making(
         settings, max_bad_fraction=max_bad_fraction, progress=progress, fan_out=_fan_out
@@ -244,7 +234,7 @@ def _add(
         making,
         source,
         out.absolute(),
-        lambda: tuple(next_version(source, units, part, settings) for part in parts),
+        lambda: tuple(version_of(source, units, part, settings) for part in parts),
     )
 
 

@@ -98,7 +98,7 @@ def readers():
     return st.builds(ReadConfig, threads=st.integers(1, 4), prefetch=st.integers(1, 4))
 
 
-def check_resumed(folder, expected, stops, reads, **changes):
+def assert_resumed(folder, expected, stops, reads, **changes):
     """Train on 4, 2 and 1 ranks in turn, stopped after so many steps each."""
     position, done = START, 0
     for world, steps, read in zip((4, 2, 1), stops, reads, strict=True):
@@ -120,7 +120,7 @@ def check_resumed(folder, expected, stops, reads, **changes):
 def test_images_resume_anywhere_on_fewer_ranks_to_the_bit(images, unbroken, augment, stops, reads):
     expected = unbroken(images, augment=augment)
 
-    check_resumed(images, expected, stops, reads, augment=augment)
+    assert_resumed(images, expected, stops, reads, augment=augment)
 
 
 @settings(relaxed, max_examples=5)
@@ -133,7 +133,7 @@ def test_videos_resume_anywhere_on_fewer_ranks_to_the_bit(videos, unbroken, augm
     changes = {"augment": augment, **CLIPS}
     expected = unbroken(videos, **changes)
 
-    check_resumed(videos, expected, stops, reads, **changes)
+    assert_resumed(videos, expected, stops, reads, **changes)
 
 
 def test_what_a_global_batch_mixes_is_the_same_on_any_ranks(images):
