@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 
 import ray
 import ray.data
+from ray._private import auto_init_hook
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError
 
@@ -46,6 +47,8 @@ def ray_session(*, num_cpus: int | None = None, verbose: bool = False) -> Iterat
     Ray that already runs in this process is used and left running. Otherwise the cluster named
     by `RAY_ADDRESS` is joined, or, without one, a private instance is started with its
     dashboard on loopback (Ray Train needs it to free the workers of stopped trials).
+    From then on this process has Ray in such a block or by `ray.init` only: a call of Ray's no
+    longer starts it.
 
     Args:
         num_cpus: CPUs a private instance offers, at least 1; all of this machine by default.
@@ -60,6 +63,8 @@ def ray_session(*, num_cpus: int | None = None, verbose: bool = False) -> Iterat
     if ray.is_initialized():
         yield
         return
+    # A thread of Ray Data's may outlive the session; its next call would start another Ray.
+    auto_init_hook.enable_auto_connect = False
     address = os.environ.get("RAY_ADDRESS") or LOCAL
     with ExitStack() as stack:
         stack.enter_context(_sigterm_kept())

@@ -55,6 +55,12 @@ USES_EVERYTHING = """
         ).fit()
     assert not ray.is_initialized()
     assert not [name for name in os.environ if name.startswith(("RAY_AUTH", "RAY_ADDRESS"))]
+    try:
+        ray.put("by a thread that outlives the session")
+    except ray.exceptions.RaySystemError:
+        pass
+    else:
+        raise AssertionError("a late call started another Ray")
 """
 
 TALKS_THEN_FAILS = """
