@@ -70,15 +70,10 @@ def training_stream(config: RunConfig, backend: Backend) -> TrainBatches:
     stream = RayStream if data.reader == "ray" else TrainStream
     return stream(
         place(data.root) / "train",
-        image_size=config.model.image_size,
-        frames=config.model.video.frames,
-        resize=data.eval_resize,
+        config.rows,
         batch_size=config.train.batch_size,
         seed=config.train.seed,
         rank=backend.rank,
         world=backend.world,
         order=data.order,
-        read=data.read,
-        augment=data.augment,
-        clip=data.clip,
     )

@@ -24,6 +24,7 @@ from pipelines.data.settings import (
     ClipConfig,
     OrderConfig,
     ReadConfig,
+    RowConfig,
     raise_if_any,
 )
 from pipelines.errors import RunError, UsageError, unknown_name
@@ -267,6 +268,18 @@ class RunConfig:
         problems += self._budget_problems()
         problems += self._group_problems()
         raise_if_any("run", problems)
+
+    @property
+    def rows(self) -> RowConfig:
+        """What becomes of a sample."""
+        return RowConfig(
+            image_size=self.model.image_size,
+            frames=self.model.video.frames,
+            resize=self.data.eval_resize,
+            read=self.data.read,
+            augment=self.data.augment,
+            clip=self.data.clip,
+        )
 
     def _lane_problems(self) -> list[str]:
         """Workers share out the lanes of the sample order, and a batch is as much of each lane."""

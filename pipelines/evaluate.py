@@ -170,14 +170,10 @@ def validation_stream(
     """
     return EvalStream(
         (root or place(config.data.root)) / "val",
-        image_size=config.model.image_size,
-        frames=config.model.video.frames,
-        resize=config.data.eval_resize,
+        config.rows,
         batch_size=config.train.batch_size // config.parallel.num_workers,  # fits where it trained
         rank=rank,
         world=world,
-        read=config.data.read,
-        clip=config.data.clip,
     )
 
 

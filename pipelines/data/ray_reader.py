@@ -33,7 +33,7 @@ from ray.exceptions import RayError
 from pipelines.data.batch import Batch
 from pipelines.data.order import Position
 from pipelines.data.rows import Damage
-from pipelines.data.settings import AugmentConfig, ClipConfig, OrderConfig, ReadConfig
+from pipelines.data.settings import OrderConfig, RowConfig
 from pipelines.data.stream import TrainStream
 from pipelines.errors import DatasetError, PipelineError, RunError
 from pipelines.storage import Place
@@ -52,18 +52,13 @@ class RayStream(TrainStream):
     def __init__(
         self,
         folder: Place,
+        config: RowConfig,
         *,
-        image_size: int,
-        frames: int,
-        resize: int,
         batch_size: int,
         seed: int,
         rank: int,
         world: int,
         order: OrderConfig,
-        read: ReadConfig,
-        augment: AugmentConfig,
-        clip: ClipConfig,
     ) -> None:
         """Open a dataset for training; Ray runs already, and every machine sees the folder.
 
@@ -74,23 +69,18 @@ class RayStream(TrainStream):
         """
         self._recipe: dict[str, Any] = {
             "folder": folder.absolute(),
-            "image_size": image_size,
-            "frames": frames,
-            "resize": resize,
+            "config": config,
             "batch_size": batch_size,
             "seed": seed,
             "rank": rank,
             "world": world,
             "order": order,
-            "read": read,
-            "augment": augment,
-            "clip": clip,
         }
         super().__init__(**self._recipe)
-        self._actors, self._prefetch = read.threads, read.prefetch
-        self._rows_each = _LEAST_IMAGES // min(frames, _LEAST_IMAGES)
-        rows = self._rows + augment.mixed - 1
-        _check_object_store(rows * int(np.prod(self._shape)), read.prefetch, world)
+        self._actors, self._prefetch = config.read.threads, config.read.prefetch
+        self._rows_each = _LEAST_IMAGES // min(config.frames, _LEAST_IMAGES)
+        rows = self._rows + config.augment.mixed - 1
+        _check_object_store(rows * int(np.prod(self._shape)), self._prefetch, world)
 
     def batches(self, start: Position) -> Generator[tuple[Batch, Position], None, None]:
         """Batches from a position on, as of `TrainStream`; closing the iterator frees the CPUs.
@@ -138,8 +128,8 @@ class _Decoder:
     """What an actor of Ray Data holds: a stream of its own, opened once, which fills places."""
 
     def __init__(self, recipe: dict[str, Any]) -> None:
-        read = replace(recipe["read"], threads=1, prefetch=1)
-        self._recipe = recipe | {"read": read}
+        read = replace(recipe["config"].read, threads=1, prefetch=1)
+        self._recipe = recipe | {"config": replace(recipe["config"], read=read)}
         self._stream: _Remote | None = None
 
     def __call__(self, work: pa.Table) -> pa.Table:

@@ -14,11 +14,10 @@ from typing import NamedTuple
 from pipelines.data.columns import repair
 from pipelines.data.manifest import Manifest
 from pipelines.data.order import sample_seed
-from pipelines.data.pixels.clips import eval_clips, train_clip
 from pipelines.data.pixels.random import SampleRandom
 from pipelines.data.pixels.transforms import Pixels, eval_image, train_image
 from pipelines.data.reader import DamagedSampleError, SampleReader
-from pipelines.data.settings import AugmentConfig, ClipConfig, ReadConfig
+from pipelines.data.settings import RowConfig
 from pipelines.errors import DatasetError, PipelineError
 from pipelines.storage import Place
 
@@ -101,44 +100,38 @@ class Rows:
     def __init__(
         self,
         reader: SampleReader,
+        config: RowConfig,
         *,
-        image_size: int,
-        frames: int,
-        resize: int,
         seed: int,
-        read: ReadConfig,
-        augment: AugmentConfig,
-        clip: ClipConfig,
         samples_per_epoch: int,
     ) -> None:
         """Choose how the reader's media become pixels.
 
         Args:
             reader: An open dataset.
-            image_size: Height and width of the pixels.
-            frames: Frames of a clip; 1: images.
-            resize: Short side that test images and videos are scaled to.
+            config: How.
             seed: Seed of the augmentation.
-            read: The decoder, and what a sample does that does not decode.
-            augment: How training samples are varied.
-            clip: Which frames of a video make a clip.
             samples_per_epoch: Samples that this worker reads in an epoch, or in one evaluation.
 
         Raises:
             DatasetError: The dataset holds images and the model takes clips, or the reverse.
         """
+        read, augment, clip = config.read, config.augment, config.clip
+        frames, size, resize = config.frames, config.image_size, config.resize
         _check_media(reader.folder, reader.manifest, frames)
         self.damage = Damage(reader.folder, read.corrupt_share, samples_per_epoch)
         self.views = clip.views_of(frames)
         self._reader, self._seed, self._skips = reader, seed, read.on_corrupt == "skip"
-        size, decoder = image_size, read.decoder
         self._train: Callable[..., Pixels] = partial(
-            train_image, size=size, augment=augment, decoder=decoder
+            train_image, size=size, augment=augment, decoder=read.decoder
         )
         self._test: Callable[[bytes], Pixels] = partial(
-            eval_image, size=size, resize=resize, decoder=decoder
+            eval_image, size=size, resize=resize, decoder=read.decoder
         )
         if frames > 1:
+            # Here, since what is not needed for images takes 20 MB.
+            from pipelines.data.pixels.clips import eval_clips, train_clip
+
             self._train = partial(
                 train_clip, frames=frames, size=size, resize=resize, clip=clip, augment=augment
             )

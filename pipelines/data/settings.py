@@ -1,6 +1,7 @@
 """How samples are read, put in order and varied: the parts of `DataConfig`, each checked when made.
 
 What they mean is defined where they are used: `order`, `reader`, `transforms`, `augment`, `clips`.
+`RowConfig` joins those that decide about pixels with what a model wants of them.
 """
 
 import math
@@ -167,6 +168,28 @@ class ClipConfig:
     def views_of(self, frames: int) -> int:
         """Views of a sample in a test of clips of so many frames; an image, one frame, has one."""
         return 1 if frames == 1 else self.views * self.crops
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowConfig:
+    """What becomes of a sample.
+
+    Attributes:
+        image_size: Height and width of the pixels.
+        frames: Frames of a clip; 1: images.
+        resize: Short side that test images and videos are scaled to, and that a training clip's
+            scale jitter starts from.
+        read: Threads, decoder, object stores, and what bad samples do.
+        augment: How training samples are varied.
+        clip: Which frames of a video make a clip or a test's views.
+    """
+
+    image_size: int
+    frames: int
+    resize: int
+    read: ReadConfig
+    augment: AugmentConfig
+    clip: ClipConfig
 
 
 def raise_if_any(where: str, problems: list[str]) -> None:

@@ -16,7 +16,7 @@ from pipelines.data.loader import Loader
 from pipelines.data.order import Position, SampleOrder, rank_rows
 from pipelines.data.reader import SampleReader
 from pipelines.data.rows import Rows
-from pipelines.data.settings import AugmentConfig, ClipConfig, OrderConfig, ReadConfig
+from pipelines.data.settings import OrderConfig, ReadConfig, RowConfig
 from pipelines.errors import DatasetError, RunError
 from pipelines.storage import Place
 
@@ -35,34 +35,24 @@ class TrainStream:
     def __init__(
         self,
         folder: Place,
+        config: RowConfig,
         *,
-        image_size: int,
-        frames: int,
-        resize: int,
         batch_size: int,
         seed: int,
         rank: int,
         world: int,
         order: OrderConfig,
-        read: ReadConfig,
-        augment: AugmentConfig,
-        clip: ClipConfig,
     ) -> None:
         """Open a dataset for training.
 
         Args:
             folder: A finished dataset folder.
-            image_size: Height and width of the pixels in a batch.
-            frames: Frames of a clip; 1: images.
-            resize: Short side that a clip's scale jitter starts from.
+            config: What becomes of its samples.
             batch_size: Samples of a step on all ranks together.
             seed: Seed of the order and of the augmentation.
             rank: This rank, from 0.
             world: Number of ranks.
             order: Lanes and windows of the order.
-            read: Threads, decoder, object stores, and what bad samples do.
-            augment: How samples are varied.
-            clip: Which frames of a video make a clip.
 
         Raises:
             DatasetError: The folder is not a sound dataset of labelled images (or videos, as
@@ -71,10 +61,10 @@ class TrainStream:
         """
         lanes = order.lanes_of(batch_size)
         first, self._rows = rank_rows(batch_size, lanes, rank=rank, world=world)
-        before = augment.mixed - 1
+        before = config.augment.mixed - 1
         # What is read: with mixup, the rows before this rank's first come first.
         self._read_rows = first - before, self._rows + before
-        self._reader = SampleReader(folder, read)
+        self._reader = SampleReader(folder, config.read)
         _check_labels(self._reader)
         self._order = SampleOrder(
             shard_samples=self._reader.shard_samples,
@@ -89,18 +79,13 @@ class TrainStream:
         self._reader.check_cache(self._order.shards_in(0, 0, *self._read_rows))
         self._maker = Rows(
             self._reader,
-            image_size=image_size,
-            frames=frames,
-            resize=resize,
+            config,
             seed=seed,
-            read=read,
-            augment=augment,
-            clip=clip,
             samples_per_epoch=self.steps_per_epoch * min(self._rows + before, batch_size),
         )
-        self._augment = augment
-        self._shape = (frames, image_size, image_size, 3)
-        self._loader = Loader(threads=read.threads, prefetch=read.prefetch)
+        self._augment = config.augment
+        self._shape = (config.frames, config.image_size, config.image_size, 3)
+        self._loader = _loader(config.read)
 
     @property
     def skipped(self) -> int:
@@ -189,59 +174,47 @@ class EvalStream:
     def __init__(
         self,
         folder: Place,
+        config: RowConfig,
         *,
-        image_size: int,
-        frames: int,
-        resize: int,
         batch_size: int,
         rank: int,
         world: int,
-        read: ReadConfig,
-        clip: ClipConfig,
     ) -> None:
         """Open a dataset for evaluation.
 
         Args:
             folder: A finished dataset folder.
-            image_size: Height and width of the pixels in a batch.
-            frames: Frames of a clip; 1: images.
-            resize: Short side that samples are scaled to before the views are cut out.
+            config: What becomes of its samples; nothing is varied.
             batch_size: Rows of pixels of a batch on this rank, at most; a sample's views stay
                 together, and a batch has at least one sample.
             rank: This rank, from 0.
             world: Number of ranks.
-            read: Threads, decoder, object stores, and what bad samples do.
-            clip: Which frames of a video make its views.
 
         Raises:
             DatasetError: The folder is not a sound dataset of labelled images (or videos, as
                 `frames` says).
             RunError: The views to cut out are larger than the scaled sample.
         """
-        if resize < image_size:
+        size = config.image_size
+        if config.resize < size:
             raise RunError(
-                f"images scaled to a short side of {resize} pixels hold no centre of {image_size}; "
-                f"set data.eval_resize to {image_size} or more"
+                f"images scaled to a short side of {config.resize} pixels hold no centre of "
+                f"{size}; set data.eval_resize to {size} or more"
             )
-        self._reader = SampleReader(folder, read)
+        self._reader = SampleReader(folder, config.read)
         _check_labels(self._reader)
         self.num_samples = self._reader.num_samples
         self.num_classes = self._reader.num_classes
-        self._samples = max(1, batch_size // clip.views_of(frames))
+        self._samples = max(1, batch_size // config.clip.views_of(config.frames))
         self._rank, self._world = rank, world
         self._maker = Rows(
             self._reader,
-            image_size=image_size,
-            frames=frames,
-            resize=resize,
+            config,
             seed=0,
-            read=read,
-            augment=AugmentConfig(),
-            clip=clip,
             samples_per_epoch=sum(len(self._mine(step)) for step in range(len(self))),
         )
-        self._shape = (self._maker.views, frames, image_size, image_size, 3)
-        self._loader = Loader(threads=read.threads, prefetch=read.prefetch)
+        self._shape = (self._maker.views, config.frames, size, size, 3)
+        self._loader = _loader(config.read)
 
     def __len__(self) -> int:
         """Batches on every rank."""
@@ -289,6 +262,10 @@ class EvalStream:
         """Samples of this rank's batch of a step; none beyond the last sample."""
         start = (step * self._world + self._rank) * self._samples
         return range(start, min(start + self._samples, self.num_samples))
+
+
+def _loader(read: ReadConfig) -> Loader:
+    return Loader(threads=read.threads, prefetch=read.prefetch)
 
 
 def _check_labels(reader: SampleReader) -> None:

@@ -15,13 +15,18 @@ WIDTH, HEIGHT, QUALITY = 500, 375, 92  # as most of ImageNet
 def write_images(to: Path, count: int) -> str:
     """Write so many JPEGs, the same few over and over under numbers; gives what they are."""
     to.mkdir(parents=True)
-    real = [path.read_bytes() for path in sorted(REAL.glob("*.JPEG"))]
-    images = real or [drawn(seed) for seed in range(DRAWN)]
+    images, what = photographs()
     for number in range(count):
         (to / f"{number:07d}.jpg").write_bytes(images[number % len(images)])
+    return f"{count} of {what}"
+
+
+def photographs() -> tuple[list[bytes], str]:
+    """JPEGs as ImageNet has them, and what they are in words."""
+    real = [path.read_bytes() for path in sorted(REAL.glob("*.JPEG"))]
     if real:
-        return f"{count} of {len(real)} real JPEGs of ImageNet"
-    return f"{count} of {DRAWN} drawn JPEGs of {WIDTH}x{HEIGHT}"
+        return real, f"{len(real)} real JPEGs of ImageNet"
+    return [drawn(n) for n in range(DRAWN)], f"{DRAWN} drawn JPEGs of {WIDTH}x{HEIGHT}"
 
 
 def drawn(seed: int) -> bytes:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.data.order import Position
-from pipelines.data.settings import AugmentConfig, ClipConfig, OrderConfig, ReadConfig
+from pipelines.data.settings import AugmentConfig, ClipConfig, OrderConfig, ReadConfig, RowConfig
 from pipelines.data.stream import TrainStream
 from pipelines.storage import Place
 from tests.benchmarks.peers.setup import SAMPLES_PER_SHARD, Batch, Setup, image_files
@@ -28,17 +28,19 @@ class Loader:
     def __init__(self, setup: Setup) -> None:
         self._stream = TrainStream(
             Place(str(setup.data)),
-            image_size=setup.size,
-            frames=1,
-            resize=256,
+            RowConfig(
+                image_size=setup.size,
+                frames=1,
+                resize=256,
+                read=ReadConfig(threads=setup.workers, decoder=setup.decoder),
+                augment=AugmentConfig(),
+                clip=ClipConfig(),
+            ),
             batch_size=setup.batch,
             seed=SEED,
             rank=0,
             world=1,
             order=OrderConfig(),
-            read=ReadConfig(threads=setup.workers, decoder=setup.decoder),
-            augment=AugmentConfig(),
-            clip=ClipConfig(),
         )
         self._next = Position(seed=SEED, epoch=0, step=0)
         if setup.state:

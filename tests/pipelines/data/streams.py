@@ -1,6 +1,7 @@
 """Streams over a dataset folder with small settings that tests change one at a time."""
 
 import threading
+from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,45 +10,39 @@ import torch
 
 from pipelines.data.batch import Batch
 from pipelines.data.order import Position
-from pipelines.data.settings import AugmentConfig, ClipConfig, OrderConfig, ReadConfig
+from pipelines.data.settings import AugmentConfig, ClipConfig, OrderConfig, ReadConfig, RowConfig
 from pipelines.data.stream import EvalStream, TrainStream
 from pipelines.storage import Place, place
 
 SEED = 3
 START = Position(seed=SEED, epoch=0, step=0)
+ROWS = RowConfig(
+    image_size=16,
+    frames=1,
+    resize=18,
+    read=ReadConfig(),
+    augment=AugmentConfig(),
+    clip=ClipConfig(),
+)
 
 
 def open_train(folder: Path | Place, **changes: Any) -> TrainStream:
     """A training stream of 16-pixel images, eight a step."""
-    settings = {
-        "image_size": 16,
-        "frames": 1,
-        "resize": 18,
-        "batch_size": 8,
-        "seed": SEED,
-        "rank": 0,
-        "world": 1,
-        "order": OrderConfig(window=3),
-        "read": ReadConfig(),
-        "augment": AugmentConfig(),
-        "clip": ClipConfig(),
-    }
-    return TrainStream(place(folder), **settings | changes)
+    settings = {"batch_size": 8, "seed": SEED, "rank": 0, "world": 1}
+    settings |= {"order": OrderConfig(window=3)} | changes
+    return TrainStream(place(folder), _rows(settings), **settings)
 
 
 def open_eval(folder: Path | Place, **changes: Any) -> EvalStream:
     """An evaluation stream of 16-pixel images, eight a batch."""
-    settings = {
-        "image_size": 16,
-        "frames": 1,
-        "resize": 18,
-        "batch_size": 8,
-        "rank": 0,
-        "world": 1,
-        "read": ReadConfig(),
-        "clip": ClipConfig(),
-    }
-    return EvalStream(place(folder), **settings | changes)
+    settings = {"batch_size": 8, "rank": 0, "world": 1} | changes
+    return EvalStream(place(folder), _rows(settings), **settings)
+
+
+def _rows(settings: dict[str, Any]) -> RowConfig:
+    """What the settings say of rows; it is taken out of them."""
+    names = {field.name for field in fields(RowConfig)} & settings.keys()
+    return replace(ROWS, **{name: settings.pop(name) for name in names})
 
 
 def take(

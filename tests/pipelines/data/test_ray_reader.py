@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 import ray
-import torch
 from PIL import Image
 
 from pipelines.data import ray_reader
 from pipelines.data.batch import Batch
 from pipelines.data.order import Position
 from pipelines.data.ray_reader import RayStream
-from pipelines.data.settings import AugmentConfig, ClipConfig, OrderConfig, ReadConfig
+from pipelines.data.settings import AugmentConfig, OrderConfig, ReadConfig
 from pipelines.data.stream import TrainStream
 from pipelines.errors import DatasetError, RunError
 from pipelines.storage import Place
+from tests.pipelines.data.streams import ROWS, same
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -39,17 +39,14 @@ def arguments(
     folder = make_dataset([encode(noise(24, 20, seed=i)) for i in range(8 * STEPS + 3)])
     return {
         "folder": Place(str(folder)),
-        "image_size": 16,
-        "frames": 1,
-        "resize": 16,
+        "config": replace(
+            ROWS, read=ReadConfig(threads=2, prefetch=2), augment=AugmentConfig(mixup=0.5)
+        ),
         "batch_size": 8,
         "seed": SEED,
         "rank": 0,
         "world": 1,
         "order": OrderConfig(lanes=2, window=4),
-        "read": ReadConfig(threads=2, prefetch=2),
-        "augment": AugmentConfig(mixup=0.5),
-        "clip": ClipConfig(),
     }
 
 
@@ -64,7 +61,7 @@ def test_batches_are_those_of_threads_to_the_bit_from_any_position(
 
 @pytest.mark.slow
 def test_ranks_share_the_cluster_and_each_gets_its_own_rows(arguments: dict[str, Any]):
-    arguments |= {"world": 2, "read": ReadConfig(threads=1)}
+    arguments = with_rows(arguments, read=ReadConfig(threads=1)) | {"world": 2}
     both = [RayStream(**(arguments | {"rank": rank})) for rank in range(2)]
 
     with closing(both[0].batches(START)) as one, closing(both[1].batches(START)) as two:
@@ -111,7 +108,9 @@ def test_a_sample_that_does_not_decode_ends_it_with_the_same_line(arguments: dic
 def test_a_sample_that_may_be_skipped_is_replaced_and_counted_alike(arguments: dict[str, Any]):
     damage(arguments)
     read = ReadConfig(threads=2, on_corrupt="skip", corrupt_share=0.2)
-    arguments |= {"read": read, "augment": AugmentConfig()}  # mixed rows would be read twice
+    arguments = with_rows(
+        arguments, read=read, augment=AugmentConfig()
+    )  # mixed rows would be read twice
     threads, remote = TrainStream(**arguments), RayStream(**arguments)
 
     assert_same(taken(remote, START, STEPS), taken(threads, START, STEPS))
@@ -123,7 +122,8 @@ def test_a_sample_that_may_be_skipped_is_replaced_and_counted_alike(arguments: d
 @pytest.mark.slow
 def test_skipping_too_many_ends_it_on_the_rank_that_asked(arguments: dict[str, Any]):
     damage(arguments)
-    arguments |= {"read": ReadConfig(threads=2, on_corrupt="skip", corrupt_share=0.001)}
+    read = ReadConfig(threads=2, on_corrupt="skip", corrupt_share=0.001)
+    arguments = with_rows(arguments, read=read)
 
     with pytest.raises(DatasetError, match=r"1 of 40 samples were skipped, more than data\.read"):
         taken(RayStream(**arguments), START, STEPS)
@@ -145,7 +145,7 @@ def test_without_a_cpu_it_says_so_instead_of_waiting(
 
 
 def test_more_batches_ahead_than_the_object_store_holds_are_refused(arguments: dict[str, Any]):
-    arguments["read"] = ReadConfig(prefetch=10**6)
+    arguments = with_rows(arguments, read=ReadConfig(prefetch=10**6))
 
     with pytest.raises(RunError, match=r"data\.read\.prefetch 1000000 means .* object store has"):
         RayStream(**arguments)
@@ -201,12 +201,7 @@ def assert_same(found: Any, expected: Any) -> None:
     assert len(found) == len(expected)
     for (batch, after), (wanted, wanted_after) in zip(found, expected, strict=True):
         assert after == wanted_after
-        assert torch.equal(batch.pixels_RTHWC, wanted.pixels_RTHWC)
-        assert torch.equal(batch.labels_R, wanted.labels_R)
-        assert torch.equal(batch.valid_B, wanted.valid_B)
-        assert (batch.mix_BM is None) == (wanted.mix_BM is None)
-        if batch.mix_BM is not None:
-            assert torch.equal(batch.mix_BM, wanted.mix_BM)
+        assert same(batch, wanted)
 
 
 def assert_cpus_come_back() -> None:
@@ -221,6 +216,11 @@ def _free_cpus() -> Iterator[float]:
     for _ in range(240):
         yield ray.available_resources().get("CPU", 0)
         time.sleep(0.25)
+
+
+def with_rows(arguments: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """The arguments with changed rows."""
+    return arguments | {"config": replace(arguments["config"], **changes)}
 
 
 def damage(arguments: dict[str, Any]) -> int:

@@ -1,6 +1,9 @@
 """Random access to samples: every byte checked, every fault named."""
 
 import pickle
+import subprocess
+import sys
+import textwrap
 import threading
 
 import pyarrow as pa
@@ -205,6 +208,35 @@ def test_an_index_damaged_inside_is_refused(folder):
 
     with pytest.raises(DatasetError, match=rf"{INDEX} cannot be read: .*" + REPAIR):
         open_reader(folder)
+
+
+def test_an_index_with_gaps_is_refused(folder):
+    change_index(folder, lambda rows: [row | {"label": None} for row in rows])
+
+    with pytest.raises(DatasetError, match=rf"{INDEX} cannot be read: .* no nulls\." + REPAIR):
+        open_reader(folder)
+
+
+def test_images_are_read_without_what_takes_long_to_import(folder):
+    code = f"""
+        import sys
+        from pipelines.data.settings import AugmentConfig, ClipConfig, ReadConfig, RowConfig
+        from pipelines.data.reader import SampleReader
+        from pipelines.data.rows import Rows
+        from pipelines.storage import Place
+
+        read = ReadConfig(decoder="simplejpeg")
+        more = {{"read": read, "augment": AugmentConfig(), "clip": ClipConfig()}}
+        config = RowConfig(image_size=16, frames=1, resize=18, **more)
+        reader = SampleReader(Place({str(folder)!r}), read)
+        Rows(reader, config, seed=0, samples_per_epoch=1).train(0, 0)
+        print([name for name in ("pandas", "av", "ray") if name in sys.modules])
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout == "[]\n"
 
 
 # Damage that shows when a sample is read

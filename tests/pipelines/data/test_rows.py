@@ -2,6 +2,7 @@
 
 import io
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ from pipelines.data.pixels.random import SampleRandom
 from pipelines.data.pixels.transforms import eval_image, train_image
 from pipelines.data.reader import SampleReader
 from pipelines.data.rows import Damage, Rows
-from pipelines.data.settings import AugmentConfig, ClipConfig, ReadConfig
+from pipelines.data.settings import AugmentConfig, ReadConfig
 from pipelines.errors import DatasetError
 from pipelines.storage import Place
-from tests.pipelines.data.streams import open_eval, open_train
+from tests.pipelines.data.streams import ROWS, open_eval, open_train
 
 BROKEN = b"not an image"
 
@@ -27,18 +28,9 @@ def files(noise, encode):
 
 
 def rows_of(folder, **changes):
-    read = ReadConfig(**changes)
-    return Rows(
-        SampleReader(Place(str(folder)), read),
-        image_size=16,
-        frames=1,
-        resize=18,
-        seed=3,
-        read=read,
-        augment=AugmentConfig(),
-        clip=ClipConfig(),
-        samples_per_epoch=12,
-    )
+    config = replace(ROWS, read=ReadConfig(**changes))
+    reader = SampleReader(Place(str(folder)), config.read)
+    return Rows(reader, config, seed=3, samples_per_epoch=12)
 
 
 def skipping(folder, share=1.0):
