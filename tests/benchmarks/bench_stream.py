@@ -4,9 +4,10 @@
 
 All read the same JPEGs on the same machine, crop to 224 and hand over batches of 64 in bytes, in
 as many workers (threads or processes) as others have. Each runs with both decoders: with Pillow,
-as its users write it, and with the fastest transform we know, which tells loaders apart from
-decoders. The reference is a bare Pillow loop over bytes in memory; the ceiling is the same with
-the fast transform. What the sides are is said in their files below `peers/`.
+as its users write it, and with simplejpeg and torch, which tells loaders apart from decoders. The
+reference is a bare Pillow loop over bytes in memory; the ceiling is the same with simplejpeg. Our
+own crops leave rows undecoded, so that our stream has a bound of its own, `bare_ours`. What the
+sides are is said in their files below `peers/`.
 
 Every side runs in fresh processes (`peers.side`), in turns, round after round: a loader that only
 waits for its turn would decode ahead meanwhile. Peers that are not installed are left out, and
@@ -36,7 +37,9 @@ BATCH, SIZE = 64, 224
 # Packages that a side imports beyond what every side does.
 NEEDS = {
     "bare": "simplejpeg",
+    "bare_ours": "simplejpeg",
     "mone": "pyarrow",
+    "mone_ray": "ray",
     "files": "simplejpeg",
     "webdataset": "webdataset",
     "streaming": "streaming",

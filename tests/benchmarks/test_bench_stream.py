@@ -20,8 +20,8 @@ from tests.benchmarks.harness import Setting
 
 SETTING = Setting(device="cpu", threads=1, quick=True, command="python -m here")
 SCALE = Scale(samples=6 * BATCH, skip=1, batches=2, rounds=1)
-OURS = ("bare", "mone")
-RESUMES = {"mone", "streaming", "litdata"}
+OURS = ("bare", "bare_ours", "mone")
+RESUMES = {"mone", "mone_ray", "streaming", "litdata"}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The bounds: the same crops of the same bytes, in memory, in as many threads, without a loader.
 
-With Pillow this is the 1.00 of the table; with simplejpeg it is the ceiling.
+With Pillow this is the 1.00 of the table; with simplejpeg it is the ceiling. `bare_ours` is the
+bound of our own stream.
 """
 
 from collections import deque
@@ -28,14 +29,14 @@ class Loader:
     """Batches of the images in order; they are read before the clock starts."""
 
     def __init__(self, setup: Setup) -> None:
-        self._setup = setup
-        self._images = [path.read_bytes() for path in image_files(setup.data)]
+        self.setup = setup
+        self.images = [path.read_bytes() for path in image_files(setup.data)]
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        batch = self._setup.batch
+        batch = self.setup.batch
         ahead: deque[tuple[Pixels, range, list[Future[None]]]] = deque()
-        with ThreadPoolExecutor(self._setup.workers) as pool:
-            for start in range(0, len(self._images) - batch + 1, batch):
+        with ThreadPoolExecutor(self.setup.workers) as pool:
+            for start in range(0, len(self.images) - batch + 1, batch):
                 ahead.append(self._start(pool, range(start, start + batch)))
                 if len(ahead) > AHEAD:
                     yield _finished(*ahead.popleft())
@@ -46,13 +47,13 @@ class Loader:
         return None
 
     def close(self) -> None:
-        self._images = []
+        self.images = []
 
     def _start(
         self, pool: ThreadPoolExecutor, samples: range
     ) -> tuple[Pixels, range, list[Future[None]]]:
-        pixels_BHWC = np.empty((len(samples), self._setup.size, self._setup.size, 3), np.uint8)
-        piece = max(1, len(samples) // (self._setup.workers * PIECES_PER_THREAD))
+        pixels_BHWC = np.empty((len(samples), self.setup.size, self.setup.size, 3), np.uint8)
+        piece = max(1, len(samples) // (self.setup.workers * PIECES_PER_THREAD))
         futures = [
             pool.submit(self._fill, pixels_BHWC[i : i + piece], samples[i : i + piece])
             for i in range(0, len(samples), piece)
@@ -61,9 +62,11 @@ class Loader:
 
     def _fill(self, rows_BHWC: Pixels, samples: range) -> None:
         for row, sample in zip(rows_BHWC, samples, strict=True):
-            row[:] = train_crop(
-                self._images[sample], size=self._setup.size, decoder=self._setup.decoder
-            )
+            row[:] = self.crop(sample)
+
+    def crop(self, sample: int) -> Pixels:
+        """A sample's pixels."""
+        return train_crop(self.images[sample], size=self.setup.size, decoder=self.setup.decoder)
 
 
 def _finished(pixels_BHWC: Pixels, samples: range, futures: list[Future[None]]) -> Batch:

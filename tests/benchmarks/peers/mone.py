@@ -25,8 +25,10 @@ def prepare(images: Path, to: Path) -> None:
 class Loader:
     """One rank's stream, alone in the world."""
 
+    stream = TrainStream
+
     def __init__(self, setup: Setup) -> None:
-        self._stream = TrainStream(
+        self._stream = self.stream(
             Place(str(setup.data)),
             RowConfig(
                 image_size=setup.size,

@@ -1,24 +1,19 @@
 """Peer: Ray Data, which reads tars and decodes in tasks; batches come through its object store."""
 
 from collections.abc import Generator
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from functools import partial
 from typing import Any
 
 import numpy as np
 import ray.data
 
-from cluster.session import ray_session
+from tests.benchmarks.peers.mone_ray import machinery
 from tests.benchmarks.peers.setup import Batch, Setup
 from tests.benchmarks.peers.transform import train_crop
 from tests.benchmarks.peers.webdataset import prepare
 
 __all__ = ["Loader", "machinery", "prepare"]
-
-
-def machinery(setup: Setup) -> AbstractContextManager[None]:
-    """A Ray of as many CPUs as others have workers; it runs before the clock does."""
-    return ray_session(num_cpus=setup.workers)
 
 
 class Loader:

@@ -1,6 +1,6 @@
-"""From JPEG bytes to a training crop: as people write it with Pillow, and as fast as it goes.
+"""From JPEG bytes to a training crop: with Pillow, as people write it, and with simplejpeg and torch.
 
-All sides but ours use these two functions, the bare loops too. Neither is slower than it need be:
+All sides but ours use these two functions, `bare` too. They are straightforward code without waste:
 Pillow crops and resizes in one step, and both stay in bytes. Ours has its own code for the same
 work, with randomness that a restart repeats.
 
