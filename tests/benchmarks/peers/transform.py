@@ -1,4 +1,4 @@
-"""From JPEG bytes to a training crop: with Pillow, as people write it, and with simplejpeg and torch.
+"""From JPEG bytes to a crop: with Pillow, as people write it, and with simplejpeg and torch.
 
 All sides but ours use these two functions, `bare` too. They are straightforward code without waste:
 Pillow crops and resizes in one step, and both stay in bytes. Ours has its own code for the same
