@@ -19,6 +19,7 @@ import secrets
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -38,6 +39,8 @@ CONNECT_SECONDS = 5.0
 # /ray/session_<26 characters of time>_<pid>/sockets/plasma_store
 LONGEST_TEMP_DIR = 107 - 65
 LOCAL = "local"
+DATA_THREADS = ("iter_threaded", "StreamingExecutor")  # of Ray Data, by their names
+DATA_THREADS_SECONDS = 10.0
 
 
 @contextmanager
@@ -75,12 +78,25 @@ def ray_session(*, num_cpus: int | None = None, verbose: bool = False) -> Iterat
             stack.enter_context(_private_token())
             stack.enter_context(_own_address())
         stack.callback(ray.shutdown)
+        stack.callback(_wait_for_ray_data)
         log_folder = _start_or_join(address, num_cpus, verbose)
         try:
             yield
         except Exception as error:
             error.add_note(f"Ray's logs, with the output of every worker: {log_folder}")
             raise
+
+
+def _wait_for_ray_data() -> None:
+    """Let threads end that read what Ray Data has made.
+
+    They are told to when an iterator is closed, but not waited for; one that calls Ray while or
+    after it shuts down takes the process with it.
+    """
+    deadline = time.monotonic() + DATA_THREADS_SECONDS
+    for thread in threading.enumerate():
+        if thread.name.startswith(DATA_THREADS):
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
 
 
 def cluster_cpus() -> int:

@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[2]
 MARK = "MONE_TEST_MARK"
 
 USES_EVERYTHING = """
-    import os, urllib.error, urllib.request
+    import os, threading, urllib.error, urllib.request
     import ray, ray.data, ray.tune
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -44,6 +44,9 @@ USES_EVERYTHING = """
             raise AssertionError("the job server asks for no token")
 
         assert ray.data.range(10).map_batches(lambda batch: batch).count() == 10
+        batches = iter(ray.data.range(100).iter_batches(batch_size=1))
+        next(batches)
+        batches.close()
         TorchTrainer(
             noisy,
             scaling_config=ScalingConfig(num_workers=1),
@@ -54,6 +57,7 @@ USES_EVERYTHING = """
             run_config=ray.tune.RunConfig(storage_path=STORE, verbose=0),
         ).fit()
     assert not ray.is_initialized()
+    assert not [thread for thread in threading.enumerate() if thread.name == "iter_threaded"]
     assert not [name for name in os.environ if name.startswith(("RAY_AUTH", "RAY_ADDRESS"))]
     try:
         ray.put("by a thread that outlives the session")
