@@ -20,7 +20,7 @@ from tests.benchmarks.harness import Setting
 
 SETTING = Setting(device="cpu", threads=1, quick=True, command="python -m here")
 SCALE = Scale(samples=6 * BATCH, skip=1, batches=2, rounds=1)
-OURS = ("bare", "bare_ours", "mone")
+OURS = ("bare", "mone")
 RESUMES = {"mone", "mone_ray", "streaming", "litdata"}
 
 
@@ -40,6 +40,7 @@ def test_a_side_gives_whole_batches_and_comes_back_where_it_says_it_can(tmp_path
     assert (bench.resume_s(side) is not None) == (name in RESUMES)
 
 
+@pytest.mark.slow
 def test_a_row_compares_rates_of_the_same_round(tmp_path: Path):
     if not is_installed("bare"):
         pytest.skip("simplejpeg is not installed; `make bench` installs it")

@@ -121,6 +121,7 @@ def played(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", range(MISSING))
 @pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.__name__)
 def test_the_others_end_in_time_and_name_rank_layer_width_and_pass(scene, rank, played):

@@ -25,9 +25,10 @@ REPOSITORY = Path(__file__).parents[2]
 PYTHON = (sys.executable, "-c")
 
 FOLLOWS = """
-import dataclasses, json, sys
+import dataclasses, json, signal, sys
 from cluster.jobs import submit
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for background jobs
 outcome = submit(
     sys.argv[1], ["import time; print('working', flush=True); time.sleep(60)"],
     submission_id="patient", entrypoint=(sys.executable, "-c"),

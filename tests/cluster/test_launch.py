@@ -81,6 +81,7 @@ def test_each_process_knows_its_rank_sums_reach_all_and_nothing_stays_behind(tmp
     assert not (tmp_path / "ray").exists()
 
 
+@pytest.mark.slow
 def test_what_a_process_raises_is_raised_here(tmp_path):
     with pytest.raises(ArithmeticError, match="rank 1 cannot go on"):
         run(fail_on_rank_one, tmp_path)
@@ -92,6 +93,7 @@ def test_of_two_that_fail_the_one_that_failed_by_itself_is_raised(tmp_path):
         run(fail_on_rank_one_while_rank_zero_waits, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_ends_the_others_after_the_timeout_and_is_named(tmp_path):
     with pytest.raises(CollectiveError, match=r"rank 0: waiting for rank 1 did not complete"):
         run(hang_on_rank_one, tmp_path, workers=replace(TWO, collective_timeout_s=3))

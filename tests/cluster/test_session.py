@@ -181,15 +181,16 @@ def test_ray_and_its_libraries_work_and_print_nothing_by_default(quiet_run):
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to see other processes")
-def test_a_session_ends_with_no_process_left(quiet_run, loud_run):
-    assert quiet_run.still_running == []
-    assert loud_run.still_running == []
+@pytest.mark.parametrize("run", ["quiet_run", pytest.param("loud_run", marks=pytest.mark.slow)])
+def test_a_session_ends_with_no_process_left(run, request):
+    assert request.getfixturevalue(run).still_running == []
 
 
 def test_a_private_instance_writes_no_token_into_the_home(quiet_run):
     assert not (quiet_run.home / ".ray").exists()
 
 
+@pytest.mark.slow
 def test_verbose_brings_back_what_ray_and_its_workers_say(loud_run):
     said = loud_run.stdout + loud_run.stderr
 
@@ -198,6 +199,7 @@ def test_verbose_brings_back_what_ray_and_its_workers_say(loud_run):
     assert "Starting execution of Dataset" in said
 
 
+@pytest.mark.slow
 def test_a_failure_says_where_the_output_of_the_workers_is(loud_run):
     assert "ValueError: lost" in loud_run.stderr
     note = "Ray's logs, with the output of every worker: "
@@ -205,6 +207,7 @@ def test_a_failure_says_where_the_output_of_the_workers_is(loud_run):
     assert any("last words" in path.read_text() for path in logs.glob("worker-*.err"))
 
 
+@pytest.mark.slow
 def test_a_long_temporary_folder_is_no_obstacle(loud_run):
     note = loud_run.stderr.splitlines()[-1]
 
@@ -221,6 +224,7 @@ def test_a_session_joins_the_cluster_that_ray_address_names(two_clusters):
     assert two_clusters.stdout.splitlines()[:2] == ["joined 3", "True"], two_clusters.stderr
 
 
+@pytest.mark.slow
 def test_two_instances_on_one_machine_do_not_confuse_the_state_api(two_clusters):
     assert two_clusters.stdout.splitlines()[2:] == ["own 1, nodes seen: 1"], two_clusters.stderr
     assert two_clusters.stderr == ""

@@ -94,6 +94,7 @@ def test_the_driver_stays_below_one_and_a_half_gigabytes(demo):
     assert 100 < peak < 1500
 
 
+@pytest.mark.slow
 def test_a_second_run_makes_nothing_again(out, mone):
     kept = [*(out / "shards").rglob("*.tar"), *(out / "run" / "checkpoints").rglob("*")]
     before = {path: path.stat().st_mtime_ns for path in kept}

@@ -364,6 +364,7 @@ def differing(scratch, tmp_path_factory):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "index",

@@ -16,6 +16,8 @@ from pipelines.config import ParallelConfig
 from tests.pipelines import tiny
 from tests.pipelines.tiny import MemoryReporter, losses, on_ranks, train_here
 
+pytestmark = pytest.mark.slow  # four processes train
+
 SAVED, STEPS = 4, 6  # steps behind the checkpoint, and in all
 EXPERTS = 4
 
@@ -137,9 +139,9 @@ def test_one_process_without_ranks_reads_all_experts(saved):
     ("rows", "columns"),
     [
         (1, 1),
-        pytest.param(2, 1, marks=pytest.mark.slow),
-        pytest.param(2, 2, marks=pytest.mark.slow),
-        pytest.param(4, 2, marks=pytest.mark.slow),
+        (2, 1),
+        (2, 2),
+        (4, 2),
     ],
 )
 def test_any_mesh_goes_on_from_the_same_bits_with_the_same_losses(saved, tmp_path, rows, columns):

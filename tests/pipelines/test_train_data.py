@@ -75,7 +75,7 @@ def rows_of_rank(backend, config, file):
         file.write_text(json.dumps(losses(rows)))
 
 
-@pytest.mark.parametrize("kind", ["images", "clips"])
+@pytest.mark.parametrize("kind", ["images", pytest.param("clips", marks=pytest.mark.slow)])
 def test_two_workers_train_on_mixed_samples_as_one_does(kind, images, clips, tmp_path):
     if kind == "images":
         config = with_data(tiny.tiny_config(images, tmp_path / "one", steps=4), augment=MIXED)
