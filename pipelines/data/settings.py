@@ -54,7 +54,8 @@ class ReadConfig:
         check: Compare a sample's bytes with its crc32 when it is "first" read, or "never".
         remote: How an object store is read: whole "shards" into the cache, or "ranges".
         cache: Folder for shards of an object store; None: below the user's cache folder.
-        cache_gib: Size of that cache, GiB; the shards used longest ago leave first.
+        cache_gib: Size of that cache, GiB, as far as its disk has the room; the shards used longest
+            ago leave first. All workers of a host share it.
         on_corrupt: What a sample does that does not decode: "raise" stops the run, "skip" puts
             the sample that follows in its place and counts it.
         corrupt_share: Share of a worker's samples that may be skipped before the run stops: of all

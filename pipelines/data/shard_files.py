@@ -5,6 +5,7 @@ file system is slow (a memory map does not), and a file that was cut off gives a
 where a map would end the process.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,9 @@ class ShardFiles(Protocol):
     def renew(self, shard: int, /) -> bool:
         """After a read of other bytes than were written: whether a next one may be better."""
 
+    def capacity(self) -> float:
+        """Bytes of shards that can be at hand together; infinite where none is copied."""
+
     def close(self) -> None:
         """Let go of files and threads; reading again opens them again."""
 
@@ -76,6 +80,10 @@ class LocalShards:
         """No: the file is what there is."""
         return False
 
+    def capacity(self) -> float:
+        """No end of them: they stay where they are."""
+        return math.inf
+
     def close(self) -> None:
         """Let go of the files."""
         self._open.cache_clear()
@@ -103,6 +111,10 @@ class RangedShards:
         """No: the object is what there is."""
         return False
 
+    def capacity(self) -> float:
+        """No end of them: they stay where they are."""
+        return math.inf
+
     def close(self) -> None:
         """Let go of the connections."""
         self._open.cache_clear()
@@ -112,15 +124,17 @@ class RangedShards:
 
 
 class CachedShards:
-    """Shards of an object store, copied whole to a local cache before they are read."""
+    """Shards of an object store, copied whole to a local cache before they are read.
+
+    A copy is opened for one read only: held open, those that left the cache would keep their room
+    on the disk, out of reach of all who need it.
+    """
 
     def __init__(self, folder: Place, records: Records, read: ReadConfig) -> None:
         self._folder, self._records = folder, records
-        self._limit = int(read.cache_gib * 2**30)
+        limit = int(read.cache_gib * 2**30)
         largest = max(record.bytes for record in records)
-        where = read.cache or default_cache()
-        self._cache = ShardCache(where, self._limit, largest=largest)
-        self._open = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
+        self._cache = ShardCache(read.cache or default_cache(), limit, largest=largest)
         self._lock = Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._begun: frozenset[int] = frozenset()
@@ -128,18 +142,17 @@ class CachedShards:
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Bytes of a shard, which is fetched if it is not there."""
-        return self._open(shard).read(size, offset)
+        while True:
+            with suppress(FileNotFoundError):  # another fetch pushed it out: fetch it again
+                return _OpenFile(self._fetch(shard)).read(size, offset)
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Begin to fetch these shards, as far as the cache holds them together.
 
-        What fails here fails again, and is then told, when the shard is read. Files that are open
-        are let go: one that was pushed out would take its room on the disk until then, beside what
-        the cache may hold, and one that is opened again counts as used now.
+        What fails here fails again, and is then told, when the shard is read.
         """
-        self._open.cache_clear()
         held = np.cumsum([self._records[shard].bytes for shard in shards])
-        wanted = shards[: int(np.searchsorted(held, self._limit, side="right"))]
+        wanted = shards[: int(np.searchsorted(held, self._cache.capacity(), side="right"))]
         with self._lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(_FETCHES, thread_name_prefix="fetch")
@@ -149,12 +162,15 @@ class CachedShards:
             self._begun = frozenset(wanted)
 
     def close(self) -> None:
-        """Let go of files and end the threads that fetch, each after the shard it is at."""
+        """End the threads that fetch, each after the shard it is at."""
         with self._lock:
             pool, self._pool, self._begun = self._pool, None, frozenset()
         if pool is not None:
             pool.shutdown(cancel_futures=True)
-        self._open.cache_clear()
+
+    def capacity(self) -> float:
+        """Bytes of shards that the cache and its disk hold together."""
+        return self._cache.capacity()
 
     def renew(self, shard: int, /) -> bool:
         """Yes, from the object store: the copy is removed, once for a shard."""
@@ -163,18 +179,12 @@ class CachedShards:
             if shard not in self._renewed:
                 self._cache.drop(self._folder / record.name, sha256=record.sha256)
             self._renewed.add(shard)
-        self._open.cache_clear()
         return True
 
     def _fetch(self, shard: int) -> Path:
         record = self._records[shard]
         where = self._folder / record.name
         return self._cache.fetch(where, size=record.bytes, sha256=record.sha256)
-
-    def _open_shard(self, shard: int) -> "_OpenFile":
-        while True:
-            with suppress(FileNotFoundError):  # another fetch pushed it out: fetch it again
-                return _OpenFile(self._fetch(shard))
 
 
 def default_cache() -> Path:

@@ -17,8 +17,9 @@ from pipelines.data.cache import CHUNK_BYTES, LOCKS, ROOM, ShardCache
 from pipelines.errors import DatasetError
 from pipelines.storage import Place, StorageError
 from tests.object_store import bucket, s3_server
+from tests.pipelines.data.small_disk import DISK_BYTES, small_disk
 
-__all__ = ["bucket", "s3_server"]
+__all__ = ["bucket", "s3_server", "small_disk"]
 
 SIZE = 1000
 
@@ -228,6 +229,63 @@ class TestRoom:
             ShardCache(tmp_path / "file" / "cache", 1, largest=1)
 
 
+class TestSmallDisk:
+    """A limit far beyond the disk, which holds three shards beside what is left free."""
+
+    QUARTER = DISK_BYTES // 4
+
+    def cache(self, small_disk: Path) -> ShardCache:
+        return ShardCache(small_disk / "cache", 2**40, largest=self.QUARTER)
+
+    def test_it_holds_what_fits_and_leaves_some_free(self, small_disk: Path, nearby: Store) -> None:
+        cache = self.cache(small_disk)
+        assert cache.capacity() == DISK_BYTES - DISK_BYTES // 20
+        for name in "abcde":
+            nearby.fetch(cache, name, self.QUARTER)
+        assert names(cache.folder) == ["c", "d", "e"]
+        assert cache.capacity() == DISK_BYTES - DISK_BYTES // 20
+
+    def test_downloads_at_the_same_time_do_not_fill_it(
+        self, small_disk: Path, nearby: Store, opened: list[str]
+    ) -> None:
+        cache = self.cache(small_disk)
+        (small_disk / "other").write_bytes(bytes(self.QUARTER * 3 // 2))
+        wanted = [f"{number}.tar" for number in range(6)]
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(lambda name: nearby.fetch(cache, name, self.QUARTER), wanted))
+        assert sorted(opened) == wanted
+        assert len(names(cache.folder)) == 2
+
+    def test_who_still_reads_a_shard_that_left_is_waited_for(
+        self, small_disk: Path, nearby: Store
+    ) -> None:
+        cache = self.cache(small_disk)
+        (small_disk / "other").write_bytes(bytes(self.QUARTER * 5 // 2))
+        with ThreadPoolExecutor(1) as pool:
+            with nearby.fetch(cache, "a", self.QUARTER).open():
+                waiting = pool.submit(nearby.fetch, cache, "b", self.QUARTER)
+                time.sleep(0.3)
+                assert not waiting.done()
+            waiting.result(timeout=30)
+        assert names(cache.folder) == ["b"]
+
+    def test_what_others_fill_it_with_is_told_and_no_shard_leaves_for_it(
+        self, small_disk: Path, nearby: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("pipelines.data.cache.LET_GO_S", 0)
+        cache = self.cache(small_disk)
+        nearby.fetch(cache, "small")
+        (small_disk / "other").write_bytes(bytes(DISK_BYTES * 8 // 10))
+        wanted = (
+            rf"disk/cache cannot take .*/a: it has {self.QUARTER} bytes, the disk \d+ left, of "
+            rf"which {DISK_BYTES // 20} stay free; make room there, or set data.read.cache to a "
+            r"folder on a larger disk"
+        )
+        with pytest.raises(DatasetError, match=wanted):
+            nearby.fetch(cache, "a", self.QUARTER)
+        assert names(cache.folder) == ["small"]
+
+
 class TestDamage:
     def test_another_content_is_named_and_not_kept(self, tmp_path: Path, store: Store) -> None:
         cache = cache_of(tmp_path, 3)
@@ -292,7 +350,10 @@ class TestDamage:
             waiting.result(timeout=30)
         assert names(tmp_path / "cache") == ["b"]
 
-    def test_a_full_disk_is_told_before_the_download(self, tmp_path: Path, nearby: Store) -> None:
+    def test_a_full_disk_is_told_before_the_download(
+        self, tmp_path: Path, nearby: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("pipelines.data.cache.LET_GO_S", 0)
         cache = ShardCache(tmp_path / "cache", 2**62, largest=2**62)
         (nearby.place / "a").write_bytes(b"x")
         with pytest.raises(DatasetError, match=r"cannot take .*/a: it has \d+ bytes, the disk \d+"):

@@ -10,16 +10,17 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipelines.data.manifest import INDEX, read_index, read_manifest, write_index
+from pipelines.data.manifest import INDEX, ShardRecord, read_index, read_manifest, write_index
 from pipelines.data.reader import DamagedSampleError, SampleReader
 from pipelines.data.settings import AugmentConfig, OrderConfig, ReadConfig
 from pipelines.data.shard_files import CachedShards, default_cache
 from pipelines.errors import DatasetError
 from pipelines.storage import Place, StorageError
 from tests.object_store import bucket, s3_server
+from tests.pipelines.data.small_disk import DISK_BYTES, small_disk
 from tests.pipelines.data.streams import START, open_train, working_threads
 
-__all__ = ["bucket", "s3_server"]
+__all__ = ["bucket", "s3_server", "small_disk"]
 
 
 @pytest.fixture
@@ -185,17 +186,51 @@ def test_what_the_store_has_damaged_itself_is_fetched_again_but_once(tmp_path, r
     reader.close()
 
 
-def test_shards_that_were_pushed_out_leave_the_disk_when_the_next_are_fetched(tmp_path, remote):
+def test_shards_that_were_pushed_out_leave_the_disk_at_once(tmp_path, remote):
     size = read_manifest(remote).shards[0].bytes
     reader = SampleReader(remote, cached(tmp_path, gib=2.5 * size / 2**30))
     for sample in range(0, 26, 5):
         reader.read(sample)
-    assert len(deleted_files(tmp_path)) == 3
-
-    reader.prefetch([4])
-
-    assert deleted_files(tmp_path) == []
+        assert deleted_files(tmp_path) == []
     reader.close()
+
+
+@pytest.fixture
+def quarters(tmp_path):
+    """Five shards, each a quarter of a small disk, in a folder that is read as a bucket is."""
+    records = []
+    (tmp_path / "store").mkdir()
+    for number in range(5):
+        content = os.urandom(DISK_BYTES // 4)
+        name = f"shard-{number:06}.tar"
+        (tmp_path / "store" / name).write_bytes(content)
+        digest = hashlib.sha256(content).hexdigest()
+        size = len(content)
+        records.append(ShardRecord(name=name, samples=1, bytes=size, sha256=digest, version=1))
+    return Place(str(tmp_path / "store")), records
+
+
+def test_workers_read_on_where_the_disk_is_smaller_than_the_limit(small_disk, quarters):
+    workers = [CachedShards(*quarters, ReadConfig(cache=small_disk / "cache")) for _ in range(2)]
+    folder, records = quarters
+
+    for worker in [*workers, *workers]:
+        for number, record in enumerate(records):
+            expected = (folder / record.name).read_bytes()[7:107]
+            assert worker.read(number, 7, 100) == expected
+
+    assert len(list((small_disk / "cache").glob("*.tar"))) == 3
+
+
+def test_no_more_shards_are_fetched_ahead_than_the_disk_holds(small_disk, quarters):
+    shards = CachedShards(*quarters, ReadConfig(cache=small_disk / "cache"))
+
+    shards.prefetch(range(5))
+
+    wait_for(lambda: kept(small_disk) == [f"shard-{number:06}.tar" for number in range(3)])
+    time.sleep(0.1)  # long enough for a fourth
+    assert kept(small_disk) == [f"shard-{number:06}.tar" for number in range(3)]
+    shards.close()
 
 
 def deleted_files(tmp_path):
