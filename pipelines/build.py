@@ -76,4 +76,5 @@ def training_stream(config: RunConfig, backend: Backend) -> TrainBatches:
         rank=backend.rank,
         world=backend.world,
         order=data.order,
+        host_ranks=backend.host_ranks,
     )

@@ -45,6 +45,7 @@ class Backend(Protocol):
     Attributes:
         rank: This process among the training processes, from 0.
         world: How many there are.
+        host_ranks: How many of them share this machine, this one included.
         mesh: The table they form.
         device: Where this process computes.
         expert_ranks: Ranks that experts are spread over.
@@ -53,6 +54,7 @@ class Backend(Protocol):
 
     rank: int
     world: int
+    host_ranks: int
     mesh: Mesh
     device: torch.device
     expert_ranks: int

@@ -1,5 +1,6 @@
 """CPU (gloo) and CUDA (NCCL) through torch's own device and process groups."""
 
+import os
 from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from functools import cached_property
@@ -28,6 +29,8 @@ class _TorchBackend:
         distributed = dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0
         self.world = dist.get_world_size() if distributed else 1
+        # Ray Train sets the variable, as torchrun does; without either a process counts alone.
+        self.host_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if distributed else 1
         self.mesh = Mesh.of(self.world, expert)
         self.expert_ranks = expert
         self.parts, self._part = self.world, self.rank

@@ -38,6 +38,7 @@ class XlaBackend:
     """
 
     fused_updates = False  # the compiler fuses
+    host_ranks = 1
 
     def __init__(self, expert: int) -> None:
         if not xr.is_spmd():

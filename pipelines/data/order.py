@@ -179,6 +179,25 @@ class SampleOrder:
             shards += self._epoch(epoch).shards(low, high)
         return _once(shards)
 
+    def most_shards(self, first: int, count: int, *, ranks: int) -> int:
+        """Shards that one window of every lane of some ranks lies in, at most, in whatever epoch.
+
+        Args:
+            first: The first row of one of the ranks, counted modulo `batch_size`.
+            count: How many rows it has.
+            ranks: Ranks with as many rows each.
+        """
+        each = self.batch_size // self.lanes
+        lanes = min(self.lanes, ranks * (-(-(first + count) // each) - first // each))
+        window = min(self.window, self._lane)
+        # A window lies in a shard at either end and in the shards that fit in between, the more
+        # the smaller they are. A few small ones, the last of a version, are not in every window:
+        # of every number of smallest shards, those count once and the others for each window.
+        ends = np.concatenate([[0], np.cumsum(np.sort(np.diff(self._starts)))])
+        rare = np.arange(len(ends))
+        between = np.searchsorted(ends, ends + max(window - 2, 0), side="right") - 1 - rare
+        return min(len(ends) - 1, int((rare + lanes * (min(window, 2) + between)).min()))
+
     @property
     def _lane(self) -> int:
         """Samples of a lane."""

@@ -59,6 +59,7 @@ class RayStream(TrainStream):
         rank: int,
         world: int,
         order: OrderConfig,
+        host_ranks: int = 1,
     ) -> None:
         """Open a dataset for training; Ray runs already, and every machine sees the folder.
 
@@ -75,6 +76,7 @@ class RayStream(TrainStream):
             "rank": rank,
             "world": world,
             "order": order,
+            "host_ranks": host_ranks,
         }
         super().__init__(**self._recipe)
         self._actors, self._prefetch = config.read.threads, config.read.prefetch

@@ -8,6 +8,7 @@ subject of `columns`, where bytes of shards come from that of `shard_files`; pix
 import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,7 @@ class SampleReader:
         shard_samples: Samples of every shard, int64, shape [shards].
     """
 
-    def __init__(self, folder: Place, read: ReadConfig) -> None:
+    def __init__(self, folder: Place, read: ReadConfig, *, sharers: int = 1) -> None:
         """Open a dataset folder and check that shards and index fit the manifest.
 
         Hashes are not read here; that is what `mone verify` does. crc32s are compared when a
@@ -45,12 +46,13 @@ class SampleReader:
         Args:
             folder: A finished dataset folder.
             read: How to read it; `threads` and `prefetch` do not matter here.
+            sharers: Processes of this machine that read it at the same time, this one included.
 
         Raises:
             DatasetError: No finished dataset, a shard that is missing or of another size, an
                 index of other samples, or a cache smaller than a shard.
         """
-        self.folder, self._read = folder, read
+        self.folder, self._read, self._sharers = folder, read, sharers
         self.manifest = read_manifest(folder)
         _check_shards(folder, self.manifest)
         self._index = Index(folder, self.manifest)
@@ -59,7 +61,7 @@ class SampleReader:
         counts = [record.samples for record in self.manifest.shards]
         self.shard_samples: NDArray[np.int64] = np.array(counts, np.int64)
         self._starts: list[int] = [0, *np.cumsum(self.shard_samples).tolist()]
-        self._files = open_shards(folder, self.manifest.shards, read)
+        self._files = open_shards(folder, self.manifest.shards, read, sharers=sharers)
         # A byte each: threads may write different ones at the same time. 1: nothing left to check.
         self._checked = bytearray(self.num_samples) if read.check == "first" else None
 
@@ -125,19 +127,25 @@ class SampleReader:
         shard = bisect_right(self._starts, sample) - 1
         return f"sample {self.key(sample)!r} in {self._shard(shard)}"
 
-    def check_cache(self, shards: Sequence[int]) -> None:
-        """Refuse a cache too small for shards that are read from at the same time.
+    def check_cache(self, count: int) -> None:
+        """Refuse a cache too small for the shards that its sharers read from at the same time.
+
+        Args:
+            count: How many these are, at most.
 
         Raises:
             DatasetError: They lie in an object store and do not fit into its cache together.
         """
-        needed = sum(self.manifest.shards[shard].bytes for shard in shards) / 2**30
-        cached = self.folder.local is None and self._read.remote == "shards"
-        if cached and needed > self._read.cache_gib:
+        sizes = sorted((record.bytes for record in self.manifest.shards), reverse=True)
+        needed, capacity = sum(sizes[:count]), self._files.capacity()
+        if needed > capacity:
+            who = "one worker reads" if self._sharers == 1 else f"{self._sharers} workers read"
             raise DatasetError(
-                f"data.read.cache_gib of {self._read.cache_gib:g} does not hold the {len(shards)} "
-                f"shards ({needed:.3g} GiB) that this worker reads from at a time; set it to more, "
-                "data.order.lanes to less, or data.read.remote to ranges"
+                f"the shard cache holds {capacity / 2**30:.3g} GiB (data.read.cache_gib "
+                f"{self._read.cache_gib:g}, less where its disk has less), but {who} from up to "
+                f"{count} shards ({needed / 2**30:.3g} GiB) at a time on this machine; set "
+                "data.read.cache_gib to more, on a disk that has it, data.order.lanes or "
+                "data.order.window to less, or data.read.remote to ranges"
             )
 
     def prefetch(self, shards: Sequence[int]) -> None:
@@ -151,9 +159,9 @@ class SampleReader:
     def _shard(self, shard: int) -> Place:
         return self.folder / self.manifest.shards[shard].name
 
-    def __reduce__(self) -> tuple[type["SampleReader"], tuple[Place, ReadConfig]]:
+    def __reduce__(self) -> tuple[partial["SampleReader"], tuple[Place, ReadConfig]]:
         """Its arguments, since open files do not travel."""
-        return SampleReader, (self.folder, self._read)
+        return partial(SampleReader, sharers=self._sharers), (self.folder, self._read)
 
 
 def _check_shards(folder: Place, manifest: Manifest) -> None:

@@ -49,8 +49,16 @@ class ShardFiles(Protocol):
         """Let go of files and threads; reading again opens them again."""
 
 
-def open_shards(folder: Place, records: Records, read: ReadConfig) -> ShardFiles:
+def open_shards(
+    folder: Place, records: Records, read: ReadConfig, *, sharers: int = 1
+) -> ShardFiles:
     """The shards of a folder, as `read` wants object stores to be read.
+
+    Args:
+        folder: Where they lie.
+        records: What the manifest says of each.
+        read: How to read them.
+        sharers: Processes of this machine that read them at the same time, this one included.
 
     Raises:
         DatasetError: The cache is smaller than the largest shard.
@@ -59,7 +67,7 @@ def open_shards(folder: Place, records: Records, read: ReadConfig) -> ShardFiles
         return LocalShards(folder.local, records)
     if read.remote == "ranges":
         return RangedShards(folder, records)
-    return CachedShards(folder, records, read)
+    return CachedShards(folder, records, read, sharers=sharers)
 
 
 class LocalShards:
@@ -130,8 +138,10 @@ class CachedShards:
     on the disk, out of reach of all who need it.
     """
 
-    def __init__(self, folder: Place, records: Records, read: ReadConfig) -> None:
-        self._folder, self._records = folder, records
+    def __init__(
+        self, folder: Place, records: Records, read: ReadConfig, *, sharers: int = 1
+    ) -> None:
+        self._folder, self._records, self._sharers = folder, records, sharers
         limit = int(read.cache_gib * 2**30)
         largest = max(record.bytes for record in records)
         self._cache = ShardCache(read.cache or default_cache(), limit, largest=largest)
@@ -147,12 +157,15 @@ class CachedShards:
                 return _OpenFile(self._fetch(shard)).read(size, offset)
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """Begin to fetch these shards, as far as the cache holds them together.
+        """Begin to fetch these shards, as far as this process's part of the cache holds them.
 
         What fails here fails again, and is then told, when the shard is read.
         """
         held = np.cumsum([self._records[shard].bytes for shard in shards])
-        wanted = shards[: int(np.searchsorted(held, self._cache.capacity(), side="right"))]
+        room = self._cache.capacity()
+        if sum(record.bytes for record in self._records) > room:  # or there is room for all anyway
+            room //= self._sharers
+        wanted = shards[: int(np.searchsorted(held, room, side="right"))]
         with self._lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(_FETCHES, thread_name_prefix="fetch")

@@ -42,6 +42,7 @@ class TrainStream:
         rank: int,
         world: int,
         order: OrderConfig,
+        host_ranks: int = 1,
     ) -> None:
         """Open a dataset for training.
 
@@ -53,6 +54,7 @@ class TrainStream:
             rank: This rank, from 0.
             world: Number of ranks.
             order: Lanes and windows of the order.
+            host_ranks: Ranks on this machine, which share its cache of an object store's shards.
 
         Raises:
             DatasetError: The folder is not a sound dataset of labelled images (or videos, as
@@ -64,7 +66,7 @@ class TrainStream:
         before = config.augment.mixed - 1
         # What is read: with mixup, the rows before this rank's first come first.
         self._read_rows = first - before, self._rows + before
-        self._reader = SampleReader(folder, config.read)
+        self._reader = SampleReader(folder, config.read, sharers=host_ranks)
         _check_labels(self._reader)
         self._order = SampleOrder(
             shard_samples=self._reader.shard_samples,
@@ -76,7 +78,7 @@ class TrainStream:
         self.num_samples = self._reader.num_samples
         self.num_classes = self._reader.num_classes
         self.steps_per_epoch = self._order.steps_per_epoch
-        self._reader.check_cache(self._order.shards_in(0, 0, *self._read_rows))
+        self._reader.check_cache(self._order.most_shards(*self._read_rows, ranks=host_ranks))
         self._maker = Rows(
             self._reader,
             config,

@@ -49,6 +49,7 @@ def test_without_a_process_group_there_is_one_rank():
     assert (backend.rank, backend.world, backend.device) == (0, 1, torch.device("cpu"))
     assert (backend.mesh, backend.parts, backend.expert_ranks) == (Mesh(1, 1), 1, 1)
     assert backend.held(6) == range(6)
+    assert backend.host_ranks == 1
 
 
 @pytest.mark.parametrize("threads", [1, 2])

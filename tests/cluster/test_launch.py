@@ -31,7 +31,8 @@ def ray():
 def introduce(argument):
     backend = get_backend("cpu")
     ranks = backend.sum_over_ranks(torch.tensor([1.0, float(backend.rank)]), "ranks")
-    argument["mailbox"].put((backend.rank, backend.world, ranks.tolist(), os.getpid()))
+    counts = (backend.world, backend.host_ranks)
+    argument["mailbox"].put((backend.rank, counts, ranks.tolist(), os.getpid()))
 
 
 def fail_on_rank_one(argument):
@@ -73,9 +74,9 @@ def run(function, tmp_path, *, workers=TWO, on_message=None):
 def test_each_process_knows_its_rank_sums_reach_all_and_nothing_stays_behind(tmp_path):
     messages = sorted(run(introduce, tmp_path))
 
-    assert [(rank, world, sums) for rank, world, sums, _ in messages] == [
-        (0, 2, [2.0, 1.0]),
-        (1, 2, [2.0, 1.0]),
+    assert [(rank, counts, sums) for rank, counts, sums, _ in messages] == [
+        (0, (2, 2), [2.0, 1.0]),
+        (1, (2, 2), [2.0, 1.0]),
     ]
     assert os.getpid() not in {process for *_, process in messages}
     assert not (tmp_path / "ray").exists()

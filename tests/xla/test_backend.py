@@ -29,6 +29,7 @@ def test_one_process_is_one_rank_whatever_its_devices():
 
     assert (backend.rank, backend.world, backend.device.type) == (0, 1, "xla")
     assert (backend.mesh.data, backend.mesh.expert, backend.parts) == (2, 2, 1)
+    assert backend.host_ranks == 1
     backend.barrier("a test")
     backend.synchronize()
     assert backend.sum_over_ranks(values, "a test").tolist() == [1.5, 2.5]

@@ -150,6 +150,47 @@ def test_the_shards_ahead_at_the_end_of_an_epoch_are_those_of_the_next():
     assert set(order.shards_in(7, 0, 0, 4)) <= set(ahead)
 
 
+@given(
+    shards=st.lists(st.integers(1, 12), min_size=1, max_size=30),
+    lanes=st.sampled_from([1, 2, 4, 8]),
+    window=st.integers(1, 30),
+    ranks=st.sampled_from([1, 2, 4]),
+)
+@settings(max_examples=60, deadline=None)
+def test_no_more_shards_are_read_at_a_time_than_were_counted_before(shards, lanes, window, ranks):
+    world = min(lanes, 4)
+    ranks = min(ranks, world)
+    order = order_of([*shards, 8], batch_size=8, lanes=lanes, window=window)
+    first, count = rank_rows(8, lanes, rank=0, world=world)
+    most = order.most_shards(first - 1, count + 1, ranks=ranks)  # with a row of the lane before
+
+    for epoch in range(5):
+        for now in range(order.window_of(order.steps_per_epoch - 1) + 1):
+            there = {
+                shard
+                for rank in range(ranks)
+                for shard in order.shards_in(epoch, now, rank * count - 1, count + 1)
+            }
+            assert len(there) <= most
+
+
+@pytest.mark.parametrize(
+    ("shards", "window", "most"),
+    [
+        ([10] * 90, 1, 8),  # one sample lies in one shard
+        ([10] * 90, 11, 16),
+        ([10] * 90, 12, 24),
+        ([*[10] * 90, 1], 13, 25),  # a last, small one is in one window only
+        ([10] * 9, 12, 9),
+        ([900], 12, 1),
+    ],
+)
+def test_shards_that_are_read_at_a_time_are_counted_by_windows_and_sizes(shards, window, most):
+    order = order_of(shards, batch_size=8, lanes=8, window=window)
+
+    assert order.most_shards(4, 4, ranks=2) == most
+
+
 # For ever
 
 

@@ -104,12 +104,43 @@ def test_a_cache_that_does_not_hold_what_is_read_at_a_time_is_refused(tmp_path, 
 
     with pytest.raises(
         DatasetError,
-        match=r"data\.read\.cache_gib of \S+ does not hold the \d shards \(\S+ GiB\) that this "
-        r"worker reads from at a time; set it to more, data\.order\.lanes to less, or "
-        r"data\.read\.remote to ranges",
+        match=r"the shard cache holds \S+ GiB \(data\.read\.cache_gib \S+, less where its disk has "
+        r"less\), but one worker reads from up to 6 shards \(\S+ GiB\) at a time on this machine; "
+        r"set data\.read\.cache_gib to more, on a disk that has it, data\.order\.lanes or "
+        r"data\.order\.window to less, or data\.read\.remote to ranges",
     ):
         open_train(remote, read=read)
     open_train(remote, read=read, order=OrderConfig(lanes=1, window=1)).close()
+
+
+def test_the_workers_of_a_machine_are_counted_where_they_share_a_cache(tmp_path, remote):
+    largest = max(record.bytes for record in read_manifest(remote).shards)
+    share = {"read": cached(tmp_path, gib=4 * largest / 2**30), "world": 4}
+    share |= {"order": OrderConfig(lanes=4, window=1)}
+    for rank in range(4):
+        open_train(remote, rank=rank, **share, host_ranks=4).close()
+
+    share["order"] = OrderConfig(lanes=4, window=2)
+    open_train(remote, rank=1, **share, host_ranks=2).close()
+    with pytest.raises(DatasetError, match=r"but 4 workers read from up to 6 shards \(\S+ GiB\)"):
+        open_train(remote, rank=1, **share, host_ranks=4)
+
+
+def test_a_worker_fetches_ahead_what_its_part_of_the_cache_holds(tmp_path, remote):
+    largest = max(record.bytes for record in read_manifest(remote).shards)
+    reader = SampleReader(remote, cached(tmp_path, gib=4 * largest / 2**30), sharers=2)
+
+    reader.prefetch([0, 1, 2, 3])
+
+    wait_for(lambda: len(kept(tmp_path)) == 2)
+    time.sleep(0.1)  # long enough for a third
+    assert kept(tmp_path) == ["shard-000000.tar", "shard-000001.tar"]
+    reader.close()
+
+    reader = SampleReader(remote, cached(tmp_path, gib=6 * largest / 2**30), sharers=2)
+    reader.prefetch(range(6))
+    wait_for(lambda: len(kept(tmp_path)) == 6)
+    reader.close()
 
 
 def test_what_fails_ahead_is_told_when_it_is_read(tmp_path, remote, files):
