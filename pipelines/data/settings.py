@@ -12,6 +12,7 @@ from typing import Literal
 from mone_core.errors import ConfigError
 
 MOST_LANES = 256  # of an order that nobody asked to have more
+MOST_GIB = 1e9  # of a cache: its bytes still fit an integer of 64 bits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,8 +80,10 @@ class ReadConfig:
             for name in ("threads", "prefetch")
             if getattr(self, name) < 1
         ]
-        if not self.cache_gib > 0:
-            problems.append(f"cache_gib must be above 0, got {self.cache_gib}")
+        if not 0 < self.cache_gib < MOST_GIB:
+            problems.append(
+                f"cache_gib must be above 0 and below {MOST_GIB:g}, got {self.cache_gib}"
+            )
         if not 0 <= self.corrupt_share <= 1:
             problems.append(f"corrupt_share is a share from 0 to 1, got {self.corrupt_share}")
         raise_if_any("data.read", problems)
@@ -116,8 +119,10 @@ class AugmentConfig:
         problems = []
         if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
             problems.append(f"crop_area must rise within (0, 1], got {self.crop_area}")
-        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
-            problems.append(f"crop_ratio must rise and be above 0, got {self.crop_ratio}")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1] < math.inf:
+            problems.append(
+                f"crop_ratio must rise and be above 0 and finite, got {self.crop_ratio}"
+            )
         for name in ("flip", "color_jitter", "grey"):
             if not 0 <= getattr(self, name) <= 1:
                 problems.append(f"{name} is a probability from 0 to 1, got {getattr(self, name)}")
@@ -127,8 +132,8 @@ class AugmentConfig:
             problems.append(
                 f"randaugment_magnitude must lie in 0 to 30, got {self.randaugment_magnitude}"
             )
-        if not self.mixup >= 0:
-            problems.append(f"mixup must be 0 (none) or more, got {self.mixup}")
+        if not 0 <= self.mixup < math.inf:
+            problems.append(f"mixup must be 0 (none) or more, and finite, got {self.mixup}")
         if self.mixup_images < 2:
             problems.append(f"mixup_images must be 2 or more, got {self.mixup_images}")
         raise_if_any("data.augment", problems)
@@ -162,8 +167,10 @@ class ClipConfig:
             for name in ("stride", "views", "crops")
             if getattr(self, name) < 1
         ]
-        if not 0 < self.scale_jitter[0] <= self.scale_jitter[1]:
-            problems.append(f"scale_jitter must rise and be above 0, got {self.scale_jitter}")
+        if not 0 < self.scale_jitter[0] <= self.scale_jitter[1] < math.inf:
+            problems.append(
+                f"scale_jitter must rise and be above 0 and finite, got {self.scale_jitter}"
+            )
         raise_if_any("data.clip", problems)
 
     def views_of(self, frames: int) -> int:
