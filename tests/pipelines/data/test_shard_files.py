@@ -5,11 +5,14 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
+from cluster.backends import get_backend
+from pipelines.build import training_stream
 from pipelines.data.manifest import INDEX, ShardRecord, read_index, read_manifest, write_index
 from pipelines.data.reader import DamagedSampleError, SampleReader
 from pipelines.data.settings import AugmentConfig, OrderConfig, ReadConfig
@@ -19,6 +22,7 @@ from pipelines.storage import Place, StorageError
 from tests.object_store import bucket, s3_server
 from tests.pipelines.data.small_disk import DISK_BYTES, small_disk
 from tests.pipelines.data.streams import START, open_train, working_threads
+from tests.pipelines.tiny import tiny_config
 
 __all__ = ["bucket", "s3_server", "small_disk"]
 
@@ -124,6 +128,21 @@ def test_the_workers_of_a_machine_are_counted_where_they_share_a_cache(tmp_path,
     open_train(remote, rank=1, **share, host_ranks=2).close()
     with pytest.raises(DatasetError, match=r"but 4 workers read from up to 6 shards \(\S+ GiB\)"):
         open_train(remote, rank=1, **share, host_ranks=4)
+
+
+def test_a_run_counts_the_workers_that_its_backend_knows_of(tmp_path, remote):
+    largest = max(record.bytes for record in read_manifest(remote).shards)
+    config = tiny_config(str(remote.parent), tmp_path / "run")
+    data = replace(
+        config.data,
+        read=cached(tmp_path, gib=4 * largest / 2**30),
+        order=OrderConfig(lanes=4, window=2),
+    )
+    backend = get_backend("cpu")
+    backend.rank, backend.world, backend.host_ranks = 1, 4, 4
+
+    with pytest.raises(DatasetError, match=r"but 4 workers read from up to 6 shards"):
+        training_stream(replace(config, data=data), backend)
 
 
 def test_a_worker_fetches_ahead_what_its_part_of_the_cache_holds(tmp_path, remote):
