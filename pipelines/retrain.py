@@ -14,7 +14,9 @@ from cluster.backends import get_backend
 from cluster.session import ray_session
 from pipelines.config import RunConfig, to_yaml
 from pipelines.data.manifest import read_manifest
+from pipelines.data.sharding.plan import ALL
 from pipelines.data.sharding.shards import add_archive
+from pipelines.data.sharding.versions import side_of
 from pipelines.data.sources import find_source
 from pipelines.data.sources.base import Source
 from pipelines.errors import RunError
@@ -60,7 +62,8 @@ def run_retraining(
     """Retrain on a dataset that an archive is added to, and promote the better model.
 
     Args:
-        archive: New samples in any layout of `mone shard`, of classes that the dataset has.
+        archive: New samples in any layout of `mone shard`, of classes that the dataset has. Where
+            the dataset was split by hash, so are they, and those held out are left alone.
         base: How to train; `base.out` is the folder that retrainings are kept in.
         terminal: Where progress is shown.
         tolerance: Accuracy that the challenger may lose at a budget; below 0 it must gain.
@@ -72,14 +75,13 @@ def run_retraining(
         PipelineError: The archive or the dataset is not fit.
     """
     source = find_source(archive)
-    new_part(source)
     root = place(base.data.root).absolute()
-    read_manifest(root / "train")
+    part, val_fraction = new_part(source, side_of(read_manifest(root / "train")))
     lock = (root.local or base.out.absolute()) / LOCK  # an object store has no locks
     with alone(lock, f"retraining of {root}"):
         best = champion(base.tracking)
         with ray_session(verbose=verbose):
-            version = _add(source, root, terminal)
+            version = _add(source, root, part, val_fraction, terminal)
             folder = base.out.absolute() / f"v{version}_from_{best.version}"
             start = fetch(base.tracking, best, folder / "champion")
             config = _challenger_config(base, folder, start)
@@ -108,12 +110,13 @@ def decide(best: Results, challenger: Results, tolerance: float) -> tuple[bool, 
     return True, f"promoted the challenger: not worse at any budget ({numbers})"
 
 
-def _add(source: Source, root: Place, terminal: Terminal) -> int:
+def _add(source: Source, root: Place, part: str, val_fraction: float, terminal: Terminal) -> int:
     with terminal.meter("adding the archive", "parts") as meter:
         report = add_archive(
             source,
             root / "train",
-            part=new_part(source),
+            part=part,
+            val_fraction=val_fraction,
             progress=lambda what, done, total: meter.update(done, total, what),
         )
     manifest = report.manifest
@@ -124,20 +127,33 @@ def _add(source: Source, root: Place, terminal: Terminal) -> int:
     return manifest.version
 
 
-def new_part(source: Source) -> str:
-    """What of an archive is new training data: its own training split if it has splits.
+def new_part(source: Source, side: tuple[str, float] | None) -> tuple[str, float]:
+    """What of an archive is new training data, and the share that its split by hash holds out.
+
+    Args:
+        source: The archive.
+        side: What the training data are of a split by hash, see `versions.side_of`: the same side
+            of the archive is new. Else it is its own training split if it has splits.
 
     Raises:
-        RunError: It has splits, and none to train on.
+        RunError: It has splits, and none to train on, or the dataset was split in another way.
     """
+    if side and source.splits:
+        raise RunError(
+            f"archive {source.archive} has the splits {', '.join(source.splits)}, and the dataset "
+            f"was split by hash at {side[1]}; give its folder of training data, which will be "
+            "split alike"
+        )
+    if side:
+        return side
     if not source.splits:
-        return "all"
+        return ALL, 0.0
     if "train" not in source.splits:
         raise RunError(
             f"archive {source.archive} has the splits {', '.join(source.splits)} and no train; "
             f"give the folder that holds new training data"
         )
-    return "train"
+    return "train", 0.0
 
 
 def _challenger_config(base: RunConfig, folder: Path, start: Path) -> RunConfig:

@@ -143,12 +143,19 @@ def test_a_missing_archive_or_dataset_is_told_before_anything_else(base, archive
     ("splits", "part"), [((), "all"), (("train", "val"), "train"), (("train", "test"), "train")]
 )
 def test_of_an_archive_with_splits_the_training_one_is_added(splits, part):
-    assert new_part(source_of(splits)) == part
+    assert new_part(source_of(splits), None) == (part, 0.0)
 
 
 def test_an_archive_without_training_data_is_refused():
     with pytest.raises(RunError, match=r"archive new/ has the splits val, test and no train; give"):
-        new_part(source_of(("val", "test")))
+        new_part(source_of(("val", "test")), None)
+
+
+def test_an_archive_is_split_as_the_dataset_was():
+    assert new_part(source_of(()), ("train", 0.2)) == ("train", 0.2)
+    message = r"new/ has the splits train, val, and .* by hash at 0\.2; give its folder of training"
+    with pytest.raises(RunError, match=message):
+        new_part(source_of(("train", "val")), ("train", 0.2))
 
 
 def source_of(splits):

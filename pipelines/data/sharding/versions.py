@@ -7,6 +7,7 @@ Nothing is written here.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from pipelines.storage import Place, plain_errors
 FIRST_BYTES = 4096
 LAST_BYTES = 32 * 1024  # more than the 10 KiB that tars are padded to
 LOOKS_AT_ONCE = 16
+_BY_HASH = re.compile(rf"({'|'.join(HASH_SPLIT)}) of a split by hash at (\S+)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,7 +190,8 @@ def next_version(source: Source, units: tuple[str, ...], part: Part, settings: S
     """A finished dataset's next version, unless the archive was added before.
 
     Raises:
-        DatasetError: The folder is no finished dataset, lacks shards, or holds other things.
+        DatasetError: The folder is no finished dataset, lacks shards, holds other things, or was
+            split in another way.
     """
     base = read_manifest(part.out)
     if base.media != source.media:
@@ -197,6 +200,7 @@ def next_version(source: Source, units: tuple[str, ...], part: Part, settings: S
             "make a dataset of its own"
         )
     record = _record(source, units, part, settings, version=base.version + 1)
+    _check_split(source, part.out, base, record)
     _check_folder(part.out, known=tuple(shard.name for shard in base.shards))
     _check_present(part.out, base)
     done = any(old.fingerprint == record.fingerprint for old in base.sources)
@@ -216,6 +220,35 @@ def _record(
         version=version,
         samples_per_shard=settings.samples_per_shard,
         units=units,
+    )
+
+
+def side_of(manifest: Manifest) -> tuple[str, float] | None:
+    """Which side of which split by hash a dataset is, and the share held out; None: of none."""
+    sides = (_side(record.part) for record in manifest.sources)
+    return next((side for side in sides if side is not None), None)
+
+
+def _side(part: str) -> tuple[str, float] | None:
+    found = _BY_HASH.fullmatch(part)
+    return (found[1], float(found[2])) if found else None
+
+
+def _check_split(source: Source, out: Place, base: Manifest, record: SourceRecord) -> None:
+    """Refuse a part by which samples of one side of a split would come to the other."""
+    now = _side(record.part)
+    was = next((old.part for old in base.sources if _side(old.part) != now), None)
+    if was is None:
+        return
+    side = _side(was)
+    if side is None:
+        next_step = "leave out --val-fraction, or make a dataset of its own"
+    else:
+        each = f", folder by folder ({', '.join(source.splits)})," if source.splits else ""
+        next_step = f"add it{each} to {out.parent} with --append --val-fraction {side[1]}"
+    raise DatasetError(
+        f"{out} holds {was!r} and would be given {record.part!r} of archive {source.archive}: "
+        f"samples that are held out for validation would be trained on; {next_step}"
     )
 
 

@@ -2,11 +2,14 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
 
+from pipelines.config import DataConfig, RunConfig
 from pipelines.data.manifest import index_shards, read_index, read_manifest
 from pipelines.data.sharding.shards import (
     add_archive,
@@ -15,7 +18,9 @@ from pipelines.data.sharding.shards import (
     write_shards,
 )
 from pipelines.data.verify import verify
-from pipelines.errors import DatasetError
+from pipelines.errors import DatasetError, RunError
+from pipelines.retrain import run_retraining
+from pipelines.terminal import Terminal
 from tests.pipelines.data.sharding.sharded import contents, keys, place, source
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -83,6 +88,66 @@ def test_parts_are_added_to_parts(tmp_path: Path, archive: Path, make_archive: M
     write_shards(source(archive), out / "val", part="val", val_fraction=0.2, seed=9)
     with pytest.raises(DatasetError, match="differ in classes or seed; add to each of them apart"):
         add_parts(source(new), out, val_fraction=0.2)
+
+
+@pytest.mark.parametrize(
+    ("part", "val_fraction", "now"),
+    [("all", 0.0, "'all'"), ("train", 0.1, "'train of a split by hash at 0.1'")],
+)
+def test_what_was_held_out_by_a_hash_is_not_added_to_what_is_trained_on(
+    tmp_path: Path, archive: Path, part: str, val_fraction: float, now: str
+) -> None:
+    out = place(tmp_path / "out")
+    train, _ = write_parts(source(archive), out, val_fraction=0.2)
+    before = contents(tmp_path / "out")
+    message = (
+        rf"^{train.folder} holds 'train of a split by hash at 0\.2' and would be given {now} of "
+        rf"archive {archive}: .* validation would be trained on; add it to {out} with --append "
+        r"--val-fraction 0\.2$"
+    )
+    with pytest.raises(DatasetError, match=message):
+        add_archive(source(archive), train.folder, part=part, val_fraction=val_fraction)
+    if part != "all":
+        with pytest.raises(DatasetError, match=message):
+            add_parts(source(archive), out, val_fraction=val_fraction)
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_retraining_leaves_alone_what_was_held_out_by_a_hash(
+    tmp_path: Path, make_archive: MakeArchive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, out = make_archive(tmp_path / "raw"), place(tmp_path / "out")
+    train, val = write_parts(source(raw), out, val_fraction=0.2)
+    make_archive(raw, images=25)
+
+    def stop(*_: object) -> None:
+        raise RunError("enough")
+
+    monkeypatch.setattr("pipelines.retrain.champion", lambda _: SimpleNamespace(version=1))
+    monkeypatch.setattr("pipelines.retrain.fetch", stop)
+    config = RunConfig(recipe="digits", out=tmp_path / "runs", data=DataConfig(root=out.where))
+    with pytest.raises(RunError, match="enough"):
+        run_retraining(place(raw), config, Terminal())
+    after = replace(train, manifest=read_manifest(train.folder))
+    assert after.manifest.version == 2
+    assert len(keys(after)) > train.samples
+    assert not set(keys(after)) & set(keys(val))
+
+
+def test_a_release_s_own_split_is_not_added_to_one_by_hash(tmp_path: Path, archive: Path) -> None:
+    out = place(tmp_path / "out")
+    train, _ = write_parts(source(archive), out, val_fraction=0.2)
+    release = replace(source(archive), splits=("train", "test"))
+    with pytest.raises(DatasetError, match=r"; add it, folder by folder \(train, test\), to "):
+        add_archive(release, train.folder, part="train")
+
+
+def test_a_dataset_that_was_not_split_by_a_hash_is_not_added_to_by_one(
+    tmp_path: Path, archive: Path, dataset: Path
+) -> None:
+    message = r"holds 'all' and would be given 'train of .*; leave out --val-fraction, or make"
+    with pytest.raises(DatasetError, match=message):
+        add_archive(source(archive), place(dataset), part="train", val_fraction=0.1)
 
 
 def test_adding_the_same_archive_twice_does_nothing(
