@@ -10,13 +10,15 @@ from pipelines.errors import RunError
 
 
 @contextmanager
-def alone(lock: Path, doing: str, *, wait_s: float = 0.0) -> Iterator[None]:
+def alone(lock: Path, doing: str, *, wait_s: float = 0.0, kept: bool = True) -> Iterator[None]:
     """Hold a lock file within the block.
 
     Args:
-        lock: The file; it stays, empty, afterwards.
+        lock: The file.
         doing: What is done alone, for the error: "training of runs/digits".
         wait_s: Seconds to wait for whoever holds it.
+        kept: Leave the file there. It can be removed: whoever has opened it by then and waits finds
+            that it has no name any more, and begins again.
 
     Raises:
         RunError: Somebody else still holds it.
@@ -31,4 +33,6 @@ def alone(lock: Path, doing: str, *, wait_s: float = 0.0) -> Iterator[None]:
     try:
         yield
     finally:
+        if not kept:
+            lock.unlink(missing_ok=True)  # while it is held: nobody else's then
         held.release()

@@ -14,11 +14,13 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.data.manifest import (
+    MANIFEST,
     Manifest,
     ShardRecord,
     SkippedSample,
     classes_sha256,
     index_shards,
+    read_manifest,
     seal,
     write_index,
     write_manifest,
@@ -27,6 +29,7 @@ from pipelines.data.sharding.pack import UNFINISHED, Repeat, read_side_file
 from pipelines.data.sharding.plan import SHARD_NAME, ShardJob, ShardRange
 from pipelines.data.sharding.scanned import file_stems, problems
 from pipelines.data.sharding.versions import Version, shard_number
+from pipelines.errors import RunError
 from pipelines.storage import Place
 
 NO_FILE = "has no file"
@@ -66,7 +69,11 @@ def finish(
         shards: Its shards, those without samples included.
         part: Position of its part in the job.
         bad_units: Units that hold members with a problem.
+
+    Raises:
+        RunError: Another run has changed the dataset since the version was planned.
     """
+    check_base(version)
     out, base, classes = version.part.out, version.base, job.classes or ()
     tally = _Tally(per_class=np.zeros(len(classes), np.int64))
     index_sha256 = write_index(out, _index(version, shards, tally))
@@ -94,9 +101,27 @@ def finish(
         index_sha256=index_sha256,
     )
     manifest = seal(bare)
+    check_base(version)  # the index of a large dataset takes a while
     write_manifest(out, manifest)
     empty = int((tally.per_class == 0).sum()) if labelled else 0
     return Finished(manifest=manifest, skipped=skipped, empty_classes=empty)
+
+
+def check_base(version: Version) -> None:
+    """Refuse to finish a version of a dataset that is no longer what it was planned on.
+
+    Locks keep other runs out on one machine, and in an object store there are none.
+
+    Raises:
+        RunError: Names the dataset.
+    """
+    out = version.part.out
+    found = read_manifest(out).digest if (out / MANIFEST).is_file() else None
+    if found != (version.base.digest if version.base else None):
+        raise RunError(
+            f"{out} was changed by another run while this one was under way, and is left as that "
+            f"one made it; check it with `mone verify {out}` and run the same command again"
+        )
 
 
 def _index(version: Version, shards: Iterable[ShardRange], tally: _Tally) -> Iterator[pa.Table]:

@@ -15,7 +15,7 @@ last; an interrupted run is continued. What is refused at once is `versions`' su
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from typing import Any
 
@@ -26,7 +26,7 @@ import ray.data
 from cluster.session import cluster_cpus
 from pipelines.data.manifest import Resized, read_manifest
 from pipelines.data.sharding.making import Making, Progress, ShardingReport, classes_of_units
-from pipelines.data.sharding.pack import UNFINISHED, PackJob
+from pipelines.data.sharding.pack import PackJob
 from pipelines.data.sharding.plan import ALL, HASH_SPLIT, Part, ShardJob, check_classes, grouped
 from pipelines.data.sharding.versions import (
     Settings,
@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 SAMPLES_PER_SHARD = 4096
-LOCK = "lock"  # in the folder of what is unfinished, with which it goes
+LOCK = ".shard.lock"
 TASKS_PER_CPU = 8  # a Ray Data task costs about 20 ms; so few still keep all CPUs busy
 TASK_BYTES = 256 * 2**20  # a few seconds of decoding: progress is seen, a crash costs little
 
@@ -91,7 +91,7 @@ def write_shards(
         ArchiveError: The archive is damaged, without samples or mostly bad, or has a class
             outside `classes`.
         DatasetError: `out` holds something else, or a shard cannot be written.
-        RunError: Another run writes into `out`, where that is a folder of this machine.
+        RunError: Another run writes into `out`.
         UsageError: A part or setting that cannot be.
     """
     settings = Settings(
@@ -241,16 +241,35 @@ def _make(
 def _alone(
     making: Making, source: Source, out: Place, planned: Callable[[], tuple[Version, ...]]
 ) -> tuple[ShardingReport, ...]:
-    """Make what is planned, where two runs into a folder of this machine would mix their shards."""
+    """Make what is planned; another run into any of the same folders would mix its shards in."""
     versions = planned()
     with ExitStack() as held:
-        if out.local is not None and not all(version.done for version in versions):
-            lock = out.local / UNFINISHED / LOCK
-            with plain_errors(out):
-                lock.parent.mkdir(parents=True, exist_ok=True)
-                held.enter_context(alone(lock, f"sharding into {out}"))
+        if not all(version.done for version in versions):
+            folders = {out.where, *(version.part.out.where for version in versions)}
+            for folder in sorted(folders):
+                held.enter_context(_held(Place(folder)))
             versions = planned()  # another run may have ended in between
         return making.make(source, out, versions)
+
+
+@contextmanager
+def _held(folder: Place) -> Iterator[None]:
+    """Have a folder of this machine alone; an object store has no locks."""
+    path = folder.local
+    if path is None:
+        yield
+        return
+    made = not path.exists()
+    try:
+        with ExitStack() as held:
+            with plain_errors(folder):
+                path.mkdir(parents=True, exist_ok=True)
+                held.enter_context(alone(path / LOCK, f"sharding into {folder}", kept=False))
+            yield
+    finally:
+        if made:
+            with suppress(OSError):
+                path.rmdir()  # which nothing came into
 
 
 # What Ray runs.

@@ -7,9 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.data.manifest import Resized, write_manifest
+from pipelines.data.manifest import Resized, read_manifest, seal, write_manifest
 from pipelines.data.sharding.pack import UNFINISHED
-from pipelines.data.sharding.shards import ShardingReport, add_archive, write_parts, write_shards
+from pipelines.data.sharding.shards import (
+    ShardingReport,
+    add_archive,
+    add_parts,
+    write_parts,
+    write_shards,
+)
 from pipelines.data.verify import verify
 from pipelines.errors import ArchiveError, DatasetError, RunError, UsageError
 from pipelines.storage import StorageError
@@ -177,6 +183,60 @@ def test_two_runs_into_one_folder_at_once_are_refused(tmp_path: Path, archive: P
     assert report.samples == 60
     assert verify(report.folder) == []
     assert not (tmp_path / "out" / UNFINISHED).exists()
+
+
+def test_a_run_into_one_part_and_one_into_all_parts_at_once_are_refused(
+    tmp_path: Path, archive: Path, make_archive: MakeArchive
+) -> None:
+    out, raw = place(tmp_path / "out"), source(archive)
+    train, _ = write_parts(raw, out, val_fraction=0.2)
+    new = source(make_archive(tmp_path / "new", images=5, first=50))
+    newer = source(make_archive(tmp_path / "newer", images=5, first=60))
+    newest = source(make_archive(tmp_path / "newest", images=5, first=70))
+    refused = []
+
+    def add_to_part(stage: str, done: int, total: int) -> None:
+        with pytest.raises(RunError, match=r"another sharding into .*out/train is under way \(it"):
+            add_archive(new, train.folder, part="train", val_fraction=0.2)
+        refused.append(stage)
+
+    def add_to_parts(stage: str, done: int, total: int) -> None:
+        with pytest.raises(RunError, match=r"another sharding into .*out/train is under way \(it"):
+            add_parts(newest, out, val_fraction=0.2)
+        refused.append(stage)
+
+    added = add_parts(new, out, val_fraction=0.2, progress=add_to_part)
+    assert [report.manifest.version for report in added] == [2, 2]
+    assert set(refused) == {"scan", "write"}
+    add_archive(newer, train.folder, part="train", val_fraction=0.2, progress=add_to_parts)
+    assert verify(train.folder) == []
+    assert not [name for name in contents(tmp_path / "out") if Path(name).name.startswith(".")]
+
+
+def test_a_dataset_that_another_run_finished_meanwhile_is_left_as_it_is(
+    tmp_path: Path, dataset: Path, make_archive: MakeArchive
+) -> None:
+    new = source(make_archive(tmp_path / "new", images=5, first=50))
+    base = read_manifest(place(dataset))
+    other = seal(replace(base, version=2))
+    index = (dataset / "index.parquet").read_bytes()
+
+    def finish_another(stage: str, done: int, total: int) -> None:
+        write_manifest(place(dataset), other)
+
+    with pytest.raises(RunError, match=r"dataset was changed by another run .* `mone verify /"):
+        add_archive(new, place(dataset), progress=finish_another)
+    assert read_manifest(place(dataset)) == other
+    assert (dataset / "index.parquet").read_bytes() == index
+
+
+def test_an_archive_that_is_refused_leaves_no_empty_folders_of_parts(
+    tmp_path: Path, write_tar: WriteTar
+) -> None:
+    write_tar(tmp_path / "raw/n01.tar", {"n01_1.JPEG": b"<html>"})
+    with pytest.raises(ArchiveError, match="holds no images"):
+        write_parts(source(tmp_path / "raw"), place(tmp_path / "out"), val_fraction=0.2)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [UNFINISHED]
 
 
 def test_a_truncated_stream_is_taken_only_where_any_loss_is(tmp_path: Path, archive: Path) -> None:
