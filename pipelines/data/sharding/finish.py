@@ -32,6 +32,7 @@ from pipelines.data.sharding.versions import Version, shard_number
 from pipelines.errors import RunError
 from pipelines.storage import Place
 
+CLAIM = "made-of"  # in the folder of what is unfinished: whose it is
 NO_FILE = "has no file"
 
 
@@ -182,6 +183,31 @@ def _without_file(job: ShardJob, part: int) -> list[str]:
 def repeats_of(out: Place, shards: Iterable[ShardRange]) -> list[Repeat]:
     """What finished shards left out."""
     return [repeat for shard in shards for repeat in read_side_file(out, shard.name)[0].repeats]
+
+
+def claim(out: Place, versions: Sequence[Version]) -> None:
+    """Say that what is unfinished in a folder is these versions'; shards may lie beside it then."""
+    (out / UNFINISHED / CLAIM).write_bytes(_told(versions))
+
+
+def is_left_over(out: Place, versions: Sequence[Version]) -> bool:
+    """Whether a folder holds what is unfinished of these versions and of no later ones."""
+    told = out / UNFINISHED / CLAIM
+    return told.is_file() and told.read_bytes() == _told(versions)
+
+
+def _told(versions: Sequence[Version]) -> bytes:
+    return "".join(f"{version.record.fingerprint}\n" for version in versions).encode()
+
+
+def clear(out: Place) -> None:
+    """Remove what is unfinished, and last whose it is, so that a run that is killed is told."""
+    unfinished = out / UNFINISHED
+    if unfinished.is_folder():
+        for entry in list(unfinished.entries()):
+            if entry.name != CLAIM:
+                (unfinished / entry.name).remove()
+    unfinished.remove()
 
 
 def clear_all_but(version: Version, shards: Iterable[ShardRange]) -> None:

@@ -12,7 +12,15 @@ import numpy as np
 
 from pipelines.data.archives.spool import spool
 from pipelines.data.manifest import Manifest, SkippedSample
-from pipelines.data.sharding.finish import clear_all_but, finish, repeats_of, skipped_samples
+from pipelines.data.sharding.finish import (
+    claim,
+    clear,
+    clear_all_but,
+    finish,
+    is_left_over,
+    repeats_of,
+    skipped_samples,
+)
 from pipelines.data.sharding.pack import UNFINISHED, Packed, PackJob, write_shard
 from pipelines.data.sharding.plan import (
     BINS,
@@ -100,6 +108,16 @@ def classes_of_units(source: Source) -> dict[str, int | None]:
     return {unit.class_name: None for unit in source.units if unit.class_name is not None}
 
 
+def folders_of(out: Place, versions: Sequence[Version]) -> list[Place]:
+    """Every folder that a call writes into."""
+    return [Place(where) for where in sorted({out.where, *(v.part.out.where for v in versions)})]
+
+
+def left_over(out: Place, versions: Sequence[Version]) -> list[Place]:
+    """Folders that a run of this call did not clear when it was killed at its end."""
+    return [folder for folder in folders_of(out, versions) if is_left_over(folder, versions)]
+
+
 class Making:
     """The passes of one call.
 
@@ -135,11 +153,15 @@ class Making:
     ) -> tuple[ShardingReport, ...]:
         """Make the versions that are still to be made."""
         if all(version.done for version in versions):
+            for folder in left_over(out, versions):
+                clear(folder)
             return tuple(_nothing(version, ()) for version in versions)
         job = self._job(source, out, versions)
         found = self._scan(job)
         job = self._checked(job, found, versions)
         shards = [self._ranges(found, version, part) for part, version in enumerate(versions)]
+        for folder in folders_of(out, versions):
+            claim(folder, versions)
         for version, ranges in zip(versions, shards, strict=True):
             if not version.done:
                 clear_all_but(version, ranges)
@@ -150,8 +172,8 @@ class Making:
             _report(job, version, ranges, [next(packed) for _ in ranges], part, found.bad_units)
             for part, (version, ranges) in enumerate(zip(versions, shards, strict=True))
         )
-        for folder in {out, *(version.part.out for version in versions)}:
-            (folder / UNFINISHED).remove()
+        for folder in folders_of(out, versions):
+            clear(folder)
         return reports
 
     def _job(self, source: Source, out: Place, versions: tuple[Version, ...]) -> ShardJob:

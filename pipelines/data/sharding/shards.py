@@ -25,7 +25,14 @@ import ray.data
 
 from cluster.session import cluster_cpus
 from pipelines.data.manifest import Resized, read_manifest
-from pipelines.data.sharding.making import Making, Progress, ShardingReport, classes_of_units
+from pipelines.data.sharding.making import (
+    Making,
+    Progress,
+    ShardingReport,
+    classes_of_units,
+    folders_of,
+    left_over,
+)
 from pipelines.data.sharding.pack import PackJob
 from pipelines.data.sharding.plan import ALL, HASH_SPLIT, Part, ShardJob, check_classes, grouped
 from pipelines.data.sharding.versions import (
@@ -244,10 +251,9 @@ def _alone(
     """Make what is planned; another run into any of the same folders would mix its shards in."""
     versions = planned()
     with ExitStack() as held:
-        if not all(version.done for version in versions):
-            folders = {out.where, *(version.part.out.where for version in versions)}
-            for folder in sorted(folders):
-                held.enter_context(_held(Place(folder)))
+        if not all(version.done for version in versions) or left_over(out, versions):
+            for folder in folders_of(out, versions):
+                held.enter_context(_held(folder))
             versions = planned()  # another run may have ended in between
         return making.make(source, out, versions)
 
