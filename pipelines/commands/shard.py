@@ -181,15 +181,18 @@ def _progress(meter: Meter) -> Progress:
 
 def _lines(report: ShardingReport) -> list[str]:
     manifest = report.manifest
-    skipped = f", {len(report.skipped)} skipped (named in {MANIFEST})" if report.skipped else ""
     if report.did_nothing:
+        known = f", {report.known} of them in this archive" if report.known else ""
+        skipped = f", {len(report.skipped)} skipped" if report.skipped else ""
         return [
             f"{report.folder} holds {manifest.samples} samples in {len(manifest.shards)} shards "
-            f"already{skipped}; nothing to do"
+            f"already{known}{skipped}; nothing to do"
         ]
+    known = f", {report.known} there already (same key)" if report.known else ""
+    skipped = f", {len(report.skipped)} skipped (named in {MANIFEST})" if report.skipped else ""
     lines = [
-        f"{report.samples} samples{skipped}; version {manifest.version}: {manifest.samples} in "
-        f"{len(manifest.shards)} shards of {len(manifest.classes)} classes -> {report.folder}"
+        f"{report.samples} samples{known}{skipped}; version {manifest.version}: "
+        f"{manifest.samples} in {len(manifest.shards)} shards of {len(manifest.classes)} classes -> {report.folder}"
     ]
     reasons = Counter(skipped.reason.partition(":")[0] for skipped in report.skipped)
     lines += [f"  skipped {count}: {reason}" for reason, count in reasons.most_common()]

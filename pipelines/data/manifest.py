@@ -90,7 +90,10 @@ class SourceRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SkippedSample:
-    """A member of an archive that is not in any shard, and the reason."""
+    """A member of an archive that is not in any shard, and the reason.
+
+    Those that the dataset had already are one entry of "NUMBER samples of ARCHIVE".
+    """
 
     member: str
     reason: str
@@ -120,7 +123,7 @@ class Manifest:
         seed: Seed of the global shuffle at write time.
         samples: Samples in all shards together.
         bytes: Bytes of all shard files together.
-        skipped: What was left out, named, with reasons.
+        skipped: What was left out, with reasons.
         remarks: What is unusual about samples that were kept -> how many; the index names them.
         resized: How images were re-encoded; None: original bytes.
         index_sha256: sha256 of the index file.

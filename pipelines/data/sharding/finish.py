@@ -25,7 +25,7 @@ from pipelines.data.manifest import (
     write_index,
     write_manifest,
 )
-from pipelines.data.sharding.pack import UNFINISHED, Repeat, read_side_file
+from pipelines.data.sharding.pack import KNOWN, UNFINISHED, Repeat, read_side_file
 from pipelines.data.sharding.plan import SHARD_NAME, ShardJob, ShardRange
 from pipelines.data.sharding.scanned import file_stems, problems
 from pipelines.data.sharding.versions import Version, shard_number
@@ -43,15 +43,22 @@ class _Tally:
     per_class: np.ndarray
     records: list[ShardRecord] = field(default_factory=list)
     repeats: list[Repeat] = field(default_factory=list)
+    known: int = 0
     remarks: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finished:
-    """A finished version: its manifest, what it left out, and classes it has no samples of."""
+    """A finished version: its manifest, what it left out, and classes it has no samples of.
+
+    Attributes:
+        skipped: What was left out and is named.
+        known: Samples that the dataset had already.
+    """
 
     manifest: Manifest
     skipped: tuple[SkippedSample, ...]
+    known: int
     empty_classes: int
 
 
@@ -94,7 +101,7 @@ def finish(
         samples=sum(record.samples for record in records),
         bytes=sum(record.bytes for record in records),
         shards=records,
-        skipped=(*(base.skipped if base else ()), *skipped),
+        skipped=(*(base.skipped if base else ()), *skipped, *_known(version, tally.known)),
         remarks=dict(
             sorted(((Counter(base.remarks) if base else Counter()) + tally.remarks).items())
         ),
@@ -105,7 +112,7 @@ def finish(
     check_base(version)  # the index of a large dataset takes a while
     write_manifest(out, manifest)
     empty = int((tally.per_class == 0).sum()) if labelled else 0
-    return Finished(manifest=manifest, skipped=skipped, empty_classes=empty)
+    return Finished(manifest=manifest, skipped=skipped, known=tally.known, empty_classes=empty)
 
 
 def check_base(version: Version) -> None:
@@ -134,6 +141,7 @@ def _index(version: Version, shards: Iterable[ShardRange], tally: _Tally) -> Ite
     for shard in shards:
         side, rows = read_side_file(out, shard.name)
         tally.repeats += side.repeats
+        tally.known += side.known
         if not side.record:
             continue
         tally.records.append(side.record)
@@ -168,6 +176,13 @@ def skipped_samples(
     )
 
 
+def _known(version: Version, number: int) -> tuple[SkippedSample, ...]:
+    """One entry for all: an archive that has grown brings everything again that it had."""
+    record = version.record
+    member = f"{number} samples of {record.name}"
+    return (SkippedSample(member=member, reason=KNOWN, version=record.version),) if number else ()
+
+
 def _without_file(job: ShardJob, part: int) -> list[str]:
     """What the release lists of a part and does not hold."""
     if job.source.listed is None:
@@ -180,9 +195,10 @@ def _without_file(job: ShardJob, part: int) -> list[str]:
     return sorted(missing)
 
 
-def repeats_of(out: Place, shards: Iterable[ShardRange]) -> list[Repeat]:
-    """What finished shards left out."""
-    return [repeat for shard in shards for repeat in read_side_file(out, shard.name)[0].repeats]
+def left_out(out: Place, shards: Iterable[ShardRange]) -> tuple[list[Repeat], int]:
+    """What finished shards left out, and how many samples that the dataset has already."""
+    sides = [read_side_file(out, shard.name)[0] for shard in shards]
+    return [repeat for side in sides for repeat in side.repeats], sum(side.known for side in sides)
 
 
 def claim(out: Place, versions: Sequence[Version]) -> None:

@@ -18,7 +18,7 @@ from pipelines.data.sharding.finish import (
     clear_all_but,
     finish,
     is_left_over,
-    repeats_of,
+    left_out,
     skipped_samples,
 )
 from pipelines.data.sharding.pack import UNFINISHED, Packed, PackJob, write_shard
@@ -89,6 +89,7 @@ class ShardingReport:
         manifest: The dataset as it is now.
         samples: Samples that this call added.
         skipped: Members that this call left out, with reasons.
+        known: Samples that it left out since the dataset has their keys; not named.
         kept_shards: Whole shards of an interrupted run that were kept.
         did_nothing: Everything was there already; nothing was written.
         empty_classes: Classes that have none of the samples that were added.
@@ -100,6 +101,7 @@ class ShardingReport:
     skipped: tuple[SkippedSample, ...]
     kept_shards: int
     did_nothing: bool
+    known: int = 0
     empty_classes: int = 0
 
 
@@ -155,7 +157,7 @@ class Making:
         if all(version.done for version in versions):
             for folder in left_over(out, versions):
                 clear(folder)
-            return tuple(_nothing(version, ()) for version in versions)
+            return tuple(_nothing(version) for version in versions)
         job = self._job(source, out, versions)
         found = self._scan(job)
         job = self._checked(job, found, versions)
@@ -353,11 +355,11 @@ def _report(
 ) -> ShardingReport:
     """Finish a version, if there is anything to finish."""
     if version.done:
-        return _nothing(version, ())
+        return _nothing(version)
     samples = sum(each.samples for each in packed)
     if version.base and not samples:
-        repeats = repeats_of(version.part.out, shards)
-        return _nothing(version, skipped_samples(job, version, part, repeats, bad_units))
+        repeats, known = left_out(version.part.out, shards)
+        return _nothing(version, skipped_samples(job, version, part, repeats, bad_units), known)
     finished = finish(job, version, shards, part, bad_units)
     return ShardingReport(
         folder=version.part.out,
@@ -366,11 +368,14 @@ def _report(
         skipped=finished.skipped,
         kept_shards=sum(each.kept and each.samples > 0 for each in packed),
         did_nothing=False,
+        known=finished.known,
         empty_classes=finished.empty_classes,
     )
 
 
-def _nothing(version: Version, skipped: tuple[SkippedSample, ...]) -> ShardingReport:
+def _nothing(
+    version: Version, skipped: tuple[SkippedSample, ...] = (), known: int = 0
+) -> ShardingReport:
     assert version.base
     return ShardingReport(
         folder=version.part.out,
@@ -379,6 +384,7 @@ def _nothing(version: Version, skipped: tuple[SkippedSample, ...]) -> ShardingRe
         skipped=skipped,
         kept_shards=len(version.base.shards),
         did_nothing=True,
+        known=known,
     )
 
 

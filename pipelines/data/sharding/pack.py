@@ -73,11 +73,13 @@ class SideFile:
         digest: A hash of all that the shard was made of.
         record: The shard; None: every sample was a repeat, and there is none.
         repeats: What was left out.
+        known: Samples that the dataset has already; of a large one, too many to name.
     """
 
     digest: str
     record: ShardRecord | None
     repeats: tuple[Repeat, ...]
+    known: int = 0
 
 
 class _Sample(NamedTuple):
@@ -111,8 +113,8 @@ def write_shard(pack: PackJob, shard: ShardRange) -> Packed:
         OSError: The archive cannot be read or the shard not written; nothing half-made is left.
         PipelineError: An image cannot be re-encoded.
     """
-    samples, repeats = _samples(pack, shard)
-    digest = _digest(pack, shard, samples, repeats)
+    samples, repeats, known = _samples(pack, shard)
+    digest = _digest(pack, shard, samples, repeats, known)
     out = pack.job.parts[shard.part].out
     if _is_whole(out, shard.name, digest):
         return Packed(kept=True, samples=len(samples))
@@ -121,12 +123,13 @@ def write_shard(pack: PackJob, shard: ShardRange) -> Packed:
         record, index = _write_tar(pack, shard, samples)
     else:  # an interrupted run of other archives may have left one
         (out / shard.name).remove()
-    _write_side_file(out, shard, SideFile(digest=digest, record=record, repeats=repeats), index)
+    side = SideFile(digest=digest, record=record, repeats=repeats, known=known)
+    _write_side_file(out, shard, side, index)
     return Packed(kept=False, samples=len(samples))
 
 
-def _samples(pack: PackJob, shard: ShardRange) -> tuple[list[_Sample], tuple[Repeat, ...]]:
-    """The shard's samples in their order; of equal keys the first one found stays."""
+def _samples(pack: PackJob, shard: ShardRange) -> tuple[list[_Sample], tuple[Repeat, ...], int]:
+    """The shard's samples in their order, of equal keys the first one found; how many are known."""
     rows = rows_between(pack.job, pack.files, shard.first, shard.last)
     rows = rows.filter(pc.equal(rows["part"], shard.part))
     by = [(name, "ascending") for name in ("order", "key", "unit", "seq")]
@@ -135,18 +138,23 @@ def _samples(pack: PackJob, shard: ShardRange) -> tuple[list[_Sample], tuple[Rep
     known_keys = set(known.to_pylist())
     kept: list[_Sample] = []
     repeats = []
+    again = 0
     for sample in map(_Sample._make, zip(*columns, strict=True)):
-        again = bool(kept) and kept[-1].key == sample.key
-        if again or sample.key in known_keys:
-            reason = REPEATED if again else KNOWN
-            repeats.append(Repeat(sample.unit, sample.seq, sample.name, reason))
+        if sample.key in known_keys:
+            again += 1
+        elif kept and kept[-1].key == sample.key:
+            repeats.append(Repeat(sample.unit, sample.seq, sample.name, REPEATED))
         else:
             kept.append(sample)
-    return kept, tuple(repeats)
+    return kept, tuple(repeats), again
 
 
 def _digest(
-    pack: PackJob, shard: ShardRange, samples: list[_Sample], repeats: tuple[Repeat, ...]
+    pack: PackJob,
+    shard: ShardRange,
+    samples: list[_Sample],
+    repeats: tuple[Repeat, ...],
+    known: int,
 ) -> str:
     job = pack.job
     told = [
@@ -154,6 +162,7 @@ def _digest(
         classes_sha256(job.classes or ()),
         samples,
         repeats,
+        known,
     ]
     return hashlib.sha256(repr(told).encode()).hexdigest()
 
@@ -354,6 +363,7 @@ def read_side_file(out: Place, shard_name: str) -> tuple[SideFile, pa.Table]:
         digest=told["digest"],
         record=told["record"] and ShardRecord(**told["record"]),
         repeats=tuple(Repeat(*repeat) for repeat in told["repeats"]),
+        known=told["known"],
     )
     return side, rows.replace_schema_metadata()
 

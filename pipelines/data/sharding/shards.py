@@ -153,7 +153,7 @@ def add_archive(
 ) -> ShardingReport:
     """Add an archive to a finished dataset as its next version; old shards are not touched.
 
-    Samples whose key the dataset has already are skipped and named. Classes, seed and size of
+    Samples whose key the dataset has already are skipped and counted. Classes, seed and size of
     images stay those of the dataset. Units of an archive that has grown since it was added are not
     looked at again. An archive that was added before, or brings nothing new, does nothing.
 

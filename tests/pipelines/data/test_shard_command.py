@@ -99,8 +99,13 @@ def test_archives_are_added_to_a_dataset_or_to_its_parts(
     run(shard.main, more, tmp_path / "one", "--append")
     assert read_manifest(place(tmp_path / "one")).samples == 75
     told = capsys.readouterr().out
-    assert "15 samples, 60 skipped (named in manifest.json); version 2: 75 in 2 shards" in told
-    assert "skipped 60: is in the dataset already (same key)" in told
+    assert "15 samples, 60 there already (same key); version 2: 75 in 2 shards" in told
+    run(shard.main, make_archive(tmp_path / "few", images=4), tmp_path / "one", "--append")
+    told = capsys.readouterr().out
+    assert (
+        "one holds 75 samples in 2 shards already, 12 of them in this archive; nothing to do"
+        in told
+    )
     run(shard.main, archive, tmp_path / "two", "--val-fraction", 0.3)
     run(shard.main, more, tmp_path / "two", "--append", "--val-fraction", 0.3)
     parts = [read_manifest(place(tmp_path / "two" / part)) for part in ("train", "val")]
