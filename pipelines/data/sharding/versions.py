@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
+from pipelines.data.archives.scan import MAX_DEPTH
 from pipelines.data.manifest import (
     INDEX,
     MANIFEST,
@@ -108,7 +109,7 @@ def _unit_digest(archive: Place, unit: Unit) -> str:
     if unit.kind == "tar":
         return unit_digest(unit, _ends(place, unit.start, unit.size))
     files = hashlib.sha256()
-    for line in _files_below(place, ""):
+    for line in _files_below(place, "", 0):
         files.update(line.encode(errors="surrogateescape"))
     return unit_digest(unit, files.hexdigest())
 
@@ -125,12 +126,15 @@ def _ends_of_file(place: Place) -> str:
     return _ends(place, 0, place.size())
 
 
-def _files_below(folder: Place, prefix: str) -> Iterator[str]:
+def _files_below(folder: Place, prefix: str, depth: int) -> Iterator[str]:
+    """Names and sizes; of folders that a scan does not look into either, the name alone."""
     for entry in folder.entries():
-        if entry.is_folder:
-            yield from _files_below(folder / entry.name, f"{prefix}{entry.name}/")
-        else:
+        if not entry.is_folder:
             yield f"{prefix}{entry.name} {entry.size}\n"
+        elif depth == MAX_DEPTH:
+            yield f"{prefix}{entry.name}/\n"
+        else:
+            yield from _files_below(folder / entry.name, f"{prefix}{entry.name}/", depth + 1)
 
 
 def fingerprint(source: Source, units: tuple[str, ...], part: str) -> str:
