@@ -295,7 +295,8 @@ def _fan_out(
     """
     if not work:
         return
-    most = min(TASK_BYTES, sum(sizes) // (TASKS_PER_CPU * cluster_cpus()))
+    cpus = max(1, cluster_cpus())  # a cluster that grows with its work begins with none
+    most = min(TASK_BYTES, sum(sizes) // (TASKS_PER_CPU * cpus))
     blocks = [
         pa.table({"at": group, "item": [json.dumps(work[at]) for at in group]})
         for group in grouped(sizes, most)

@@ -118,6 +118,14 @@ def test_headers_tell_nothing_of_machine_or_day(made: ShardingReport) -> None:
         assert info.mode == 0o644
 
 
+def test_a_cluster_that_has_no_cpus_yet_is_given_its_work(
+    tmp_path: Path, archive: Path, made: ShardingReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.data.sharding.shards.cluster_cpus", lambda: 0)
+    report = write_shards(source(archive), place(tmp_path / "o"), samples_per_shard=25)
+    assert contents(folder(report)) == contents(folder(made))
+
+
 def test_another_seed_gives_another_order_of_the_same_samples(
     tmp_path: Path, archive: Path, made: ShardingReport
 ) -> None:
