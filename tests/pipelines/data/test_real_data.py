@@ -1,18 +1,25 @@
-"""Every real release at hand, from archive to shards that plain WebDataset reads back."""
+"""Every real release at hand, from archive to shards, and from shards to batches.
+
+Shards are read back by plain WebDataset and by our own streams.
+"""
 
 import hashlib
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import torch
 import webdataset
 
 from pipelines.data.manifest import read_index, read_manifest
+from pipelines.data.settings import AugmentConfig
 from pipelines.data.sharding.shards import ShardingReport, write_parts
 from pipelines.data.sources import find_source
 from pipelines.data.verify import verify
 from tests.pipelines.data.sharding.sharded import folder, place
+from tests.pipelines.data.streams import joined, open_eval, open_train, same, take, take_ranks
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -42,6 +49,7 @@ def sharded(
         assert verify(report.folder) == []
         assert report.manifest == read_manifest(report.folder)
         assert read_back(report) == report.samples
+        stream_back(report)
     return {folder(report).name: report for report in reports}
 
 
@@ -58,6 +66,37 @@ def read_back(report: ShardingReport) -> int:
     return seen
 
 
+def stream_back(report: ShardingReport) -> None:
+    """Train an epoch's batches on two ranks and on one, and evaluate: all that the index has."""
+    labels = read_index(report.folder)["label"].to_pylist()
+    directed = {source.layout for source in report.manifest.sources} == {"ssv2"}
+    how = {
+        "frames": 2 if report.manifest.media == "video" else 1,
+        "resize": 16,
+        "batch_size": min(64, 2 * (len(labels) // 2)),
+        "augment": AugmentConfig(flip=0.0 if directed else 0.5),
+    }
+    opened = open_train(report.folder, **how)
+    assert (opened.num_samples, opened.num_classes) == (len(labels), len(report.manifest.classes))
+    steps = opened.steps_per_epoch
+    assert steps == len(labels) // how["batch_size"]
+    opened.close()
+
+    alone = [batch for batch, _ in take(report.folder, steps, **how)]
+    ranks = [[batch for batch, _ in part] for part in take_ranks(report.folder, 2, steps, **how)]
+    for whole, parts in zip(alone, zip(*ranks, strict=True), strict=True):
+        assert same(whole, joined(list(parts)))
+    trained = Counter(torch.cat([batch.labels_R for batch in alone]).tolist())
+    assert trained.total() == steps * how["batch_size"]
+    assert trained <= Counter(labels)
+
+    del how["augment"]
+    evaluated = list(open_eval(report.folder, **how))
+    valid = torch.cat([batch.valid_B for batch in evaluated])
+    assert torch.cat([batch.labels_R for batch in evaluated])[valid].tolist() == labels
+    assert all(batch.pixels_RTHWC.float().std() > 1 for batch in evaluated)
+
+
 def media(report: ShardingReport) -> Iterator[str]:
     """Hashes of the original files."""
     urls = [str(folder(report) / shard.name) for shard in report.manifest.shards]
@@ -66,6 +105,7 @@ def media(report: ShardingReport) -> Iterator[str]:
         yield hashlib.sha256(sample[field]).hexdigest()
 
 
+@pytest.mark.slow
 def test_synset_tars_of_photographs(tmp_path: Path) -> None:
     archive = real("tiny-imagenet-synset-tars")
     reports = sharded(archive / "train", tmp_path / "out", val_fraction=0.1)
