@@ -58,7 +58,8 @@ class TrainStream:
 
         Raises:
             DatasetError: The folder is not a sound dataset of labelled images (or videos, as
-                `frames` says), has less than one batch, or the cache is too small.
+                `frames` says), has less than one batch, is not to be flipped, or the cache is too
+                small.
             RunError: The batch cannot be shared evenly by lanes and ranks.
         """
         lanes = order.lanes_of(batch_size)
@@ -68,6 +69,7 @@ class TrainStream:
         self._read_rows = first - before, self._rows + before
         self._reader = SampleReader(folder, config.read, sharers=host_ranks)
         _check_labels(self._reader)
+        _check_flips(self._reader, config.augment.flip)
         self._order = SampleOrder(
             shard_samples=self._reader.shard_samples,
             batch_size=batch_size,
@@ -276,4 +278,13 @@ def _check_labels(reader: SampleReader) -> None:
         raise DatasetError(
             f"{unknown} of the {reader.num_samples} samples in {reader.folder} have no label, "
             "which training and scoring need; use a part of the release that has labels"
+        )
+
+
+def _check_flips(reader: SampleReader, flip: float) -> None:
+    layouts = {source.layout for source in reader.manifest.sources}
+    if flip > 0 and "ssv2" in layouts:
+        raise DatasetError(
+            f"data.augment.flip is {flip:g}, but {reader.folder} holds Something-Something-v2, "
+            "whose classes tell left from right; set data.augment.flip to 0"
         )

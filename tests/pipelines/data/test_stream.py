@@ -1,16 +1,19 @@
 """Batches: what is in them depends on (seed, epoch, sample), never on who made them."""
 
 import json
+from dataclasses import replace
 from itertools import islice, pairwise
 
 import numpy as np
 import pytest
 import torch
 
+from pipelines.data.manifest import SourceRecord, read_manifest, write_manifest
 from pipelines.data.order import Position
 from pipelines.data.pixels.mixup import mixing_weights
 from pipelines.data.settings import AugmentConfig, OrderConfig, ReadConfig
 from pipelines.errors import DatasetError, RunError
+from pipelines.storage import place
 from tests.pipelines.data.streams import (
     SEED,
     START,
@@ -325,6 +328,26 @@ def test_samples_without_labels_are_refused(make_dataset, files, open_stream):
         "use a part of the release that has labels",
     ):
         open_stream(make_dataset(files, labels=labels))
+
+
+@pytest.mark.parametrize("layouts", [("ssv2",), ("folders", "ssv2")])
+def test_where_left_and_right_are_classes_flips_are_refused(folder, layouts):
+    """Whatever the recipe: the manifest knows what went in."""
+    record = SourceRecord(
+        name="archive", layout="", part="all", fingerprint="", version=1, samples_per_shard=5
+    )
+    sources = tuple(replace(record, layout=layout) for layout in layouts)
+    manifest = read_manifest(place(folder))
+    write_manifest(place(folder), replace(manifest, sources=sources))
+
+    with pytest.raises(
+        DatasetError,
+        match=r"data\.augment\.flip is 0\.5, but .*train holds Something-Something-v2, whose "
+        r"classes tell left from right; set data\.augment\.flip to 0",
+    ):
+        open_train(folder)
+    open_train(folder, augment=AugmentConfig(flip=0.0)).close()
+    open_eval(folder).close()
 
 
 def test_closed_streams_can_be_read_again(folder):
