@@ -50,7 +50,7 @@ class ReadConfig:
     Attributes:
         threads: Decoding threads per worker.
         prefetch: Batches that are made ahead of the one in use.
-        decoder: "pillow", or "simplejpeg": libjpeg-turbo and torch's antialiased resize, with
+        decoder: "pillow", or "simplejpeg": libjpeg-turbo and torch's resize, with
             Pillow for every image that these cannot take; the pixels differ by rounding.
         check: Compare a sample's bytes with its crc32 when it is "first" read, or "never".
         remote: How an object store is read: whole "shards" into the cache, or "ranges".
@@ -96,6 +96,9 @@ class AugmentConfig:
     Attributes:
         crop_area: Share of the image that a random crop covers, least and most.
         crop_ratio: Width over height of that crop, least and most.
+        antialias: Shrink crops of images without aliasing. False: a pixel is drawn between four of
+            the crop's however much it shrinks, as big_vision and V-MoE train. Clips and tests are
+            never aliased.
         flip: Probability of a horizontal flip; 0 where direction is the class, as in SSv2.
         randaugment_layers: Operations of RandAugment (arXiv 1909.13719) on every image.
         randaugment_magnitude: Their strength, 0 to 30 (`moderate` settings use 10 to 20).
@@ -107,6 +110,7 @@ class AugmentConfig:
 
     crop_area: tuple[float, float] = (0.05, 1.0)
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    antialias: bool = True
     flip: float = 0.5
     randaugment_layers: int = 0
     randaugment_magnitude: float = 10.0

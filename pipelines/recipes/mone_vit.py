@@ -9,6 +9,8 @@ from pipelines.data.settings import AugmentConfig, ReadConfig
 
 _IMAGES = 13_151_276  # of the winter21 release; steps below are 300 epochs of them
 _BATCH = 4096
+# Of big_vision: training crops shrink by bilinear sampling without antialiasing.
+_CROP = AugmentConfig(antialias=False, randaugment_layers=2)
 
 
 def mone_vit_s16() -> RunConfig:
@@ -17,11 +19,13 @@ def mone_vit_s16() -> RunConfig:
     Source: arXiv 2407.19985, section 5, which trains with the AugReg recipe of big_vision
     (batch 4096, Adam 1e-3, decay 1e-4, clip 1, 10,000 steps of warm-up, 300 epochs, sigmoid loss,
     head bias -10; crop and flip; augmentation by size, here RandAugment 2 layers of magnitude 0).
-    The paper names no number of epochs for its own runs.
+    The paper names no number of epochs for its own runs. Unlike there, crops are drawn by
+    torchvision's rule and not by TensorFlow's (`draw_crop`), and tests shrink by an antialiased
+    bilinear filter, not by area. As there, training crops shrink without antialiasing.
     Command: `mone train --recipe mone_vit_s16 --data.root SHARDS`.
     Not trained: no number is claimed.
     """
-    return _imagenet21k("S", AugmentConfig(randaugment_layers=2, randaugment_magnitude=0))
+    return _imagenet21k("S", replace(_CROP, randaugment_magnitude=0))
 
 
 def mone_vit_b16() -> RunConfig:
@@ -31,9 +35,7 @@ def mone_vit_b16() -> RunConfig:
     Command: `mone train --recipe mone_vit_b16 --data.root SHARDS`.
     Not trained: no number is claimed.
     """
-    return _imagenet21k(
-        "B", AugmentConfig(randaugment_layers=2, randaugment_magnitude=10, mixup=0.2)
-    )
+    return _imagenet21k("B", replace(_CROP, randaugment_magnitude=10, mixup=0.2))
 
 
 def mone_vit_l16() -> RunConfig:
@@ -43,9 +45,7 @@ def mone_vit_l16() -> RunConfig:
     Command: `mone train --recipe mone_vit_l16 --data.root SHARDS`.
     Not trained: no number is claimed.
     """
-    return _imagenet21k(
-        "L", AugmentConfig(randaugment_layers=2, randaugment_magnitude=15, mixup=0.5)
-    )
+    return _imagenet21k("L", replace(_CROP, randaugment_magnitude=15, mixup=0.5))
 
 
 def _imagenet21k(size: str, augment: AugmentConfig) -> RunConfig:

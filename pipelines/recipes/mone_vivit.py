@@ -19,7 +19,8 @@ def mone_vivit_k400() -> RunConfig:
     0.8, grey 0.1, batch 64, clip 1, 2.5 epochs of warm-up. The paper fine-tunes a nested (MatViT)
     model of the same data: give it with `--train.start-from`. It tests 8 clips in time; ViViT's
     4 x 3 is `--data.clip.views 4 --data.clip.crops 3`. There SGD with momentum, here AdamW, so the
-    rate is ours.
+    rate is ours; there frames shrink without antialiasing and scale jitter is one factor for each
+    side, here they shrink with it and the factor is one for both.
     Command: `mone train --recipe mone_vivit_k400 --data.root SHARDS --train.start-from NESTED`.
     Not trained: no number is claimed.
     """
@@ -47,7 +48,7 @@ def mone_vivit_ssv2() -> RunConfig:
     SSv2): 32 frames of stride 1, crop 256 of 288, scale jitter, RandAugment (2, 20), mixup 0.3,
     label smoothing 0.3, batch 64, clip 1, 2.5 epochs of warm-up. Never flipped, unlike there:
     left and right are classes. Stochastic depth 0.3 is left out; AdamW with a rate of ours instead
-    of SGD. Fine-tunes a nested model, and tests, as `mone_vivit_k400`.
+    of SGD. Fine-tunes a nested model, tests, and scales frames, as `mone_vivit_k400`.
     Command: `mone train --recipe mone_vivit_ssv2 --data.root SHARDS --train.start-from NESTED`.
     Not trained: no number is claimed.
     """

@@ -17,8 +17,10 @@ def vmoe_b16_i21k() -> RunConfig:
     Source: arXiv 2106.05974 and its public configuration of ImageNet-21K: 300 epochs, batch 4096,
     Adam 8e-4, decay 0.1 of kernels, clip 1, 10,000 steps of warm-up, capacity ratio 1.05, noise
     1/E, importance and load loss 0.005, sigmoid loss, head bias -10, RandAugment (2, 20), mixup of
-    two images by a Dirichlet distribution of 0.5. There the rate falls along a line to 1e-5, here
-    along a cosine to 0; and there whole batches of a device compete for slots, here 8 images.
+    two images by a Dirichlet distribution of 0.5, training crops that shrink without antialiasing.
+    There the rate falls along a line to 1e-5, here along a cosine to 0; there whole batches of a
+    device compete for slots, here 8 images; there TensorFlow draws the crops, here torchvision's
+    rule does (`draw_crop`); there tests shrink by area, here by an antialiased bilinear filter.
     Command: `mone train --recipe vmoe_b16_i21k --data.root SHARDS --parallel.expert 8`.
     Not trained: no number is claimed.
     """
@@ -31,7 +33,11 @@ def vmoe_b16_i21k() -> RunConfig:
             root="data/imagenet21k",
             read=ReadConfig(threads=8),
             augment=AugmentConfig(
-                randaugment_layers=2, randaugment_magnitude=20, mixup=0.5, mixup_images=2
+                antialias=False,
+                randaugment_layers=2,
+                randaugment_magnitude=20,
+                mixup=0.5,
+                mixup_images=2,
             ),
         ),
         optim=OptimConfig(learning_rate=8e-4, weight_decay=0.1, warmup_steps=10_000),

@@ -91,6 +91,11 @@ def test_augmentation_is_that_of_the_source(recipe, layers, magnitude, mixup):
     assert augment.mixup == mixup
 
 
+@pytest.mark.parametrize("recipe", IMAGENET)
+def test_imagenet21k_crops_shrink_without_antialiasing(recipe):
+    assert not get_recipe(recipe).data.augment.antialias
+
+
 def test_vmoe_has_the_parameters_of_the_published_model():
     """12 blocks of 7.1 M, of which six have seven MLPs of 4.7 M more, and ImageNet-21K's head."""
     parameters = sum(p.numel() for p in meta("vmoe_b16_i21k").parameters())

@@ -5,8 +5,9 @@ sample has is the subject of `order`, how bytes are decoded of `decode`, what el
 `augment`; which sample failed is said by `rows`.
 
 Resampling is bilinear with antialiasing (Pillow's, or torch's, which is the same up to rounding:
-one of 255 at most). A random crop is cut out first, so that no pixel outside of it takes part; the
-centre of an evaluation is cut out last.
+one of 255 at most); a random crop may be resampled without (torch's for both decoders, since Pillow
+has none), as TensorFlow does by default. The crop is cut out first, so that no pixel outside of it
+takes part; the centre of an evaluation is cut out last.
 
 Axes: H height, W width, 3 red-green-blue.
 """
@@ -24,7 +25,7 @@ from pipelines.data.pixels.decode import MAX_PIXELS, Box, FileBytes, Pixels, dec
 from pipelines.data.pixels.random import SampleRandom
 from pipelines.data.settings import AugmentConfig
 
-__all__ = ["Pixels", "draw_crop", "eval_image", "mirror", "resized", "train_image"]
+__all__ = ["Pixels", "draw_crop", "eval_image", "mirror", "resized", "sampled", "train_image"]
 
 CROP_TRIES = 10
 # Torch shares larger pieces of a flip among threads, a pool of them for each thread that decodes.
@@ -50,7 +51,8 @@ def train_image(
         DatasetError: The image does not decode.
     """
     crop = partial(draw_crop, area=augment.crop_area, ratio=augment.crop_ratio, rng=rng)
-    picture = resized(decode_window(data, crop, decoder=decoder), size, size)
+    window = decode_window(data, crop, decoder=decoder)
+    picture = resized(window, size, size) if augment.antialias else sampled(window, size, size)
     if rng.uniform() < augment.flip:
         picture = mirror(picture)
     if varies(augment):
@@ -99,8 +101,10 @@ def draw_crop(
 ) -> Box:
     """Draw the window of an Inception crop (Szegedy et al. 2014, arXiv 1409.4842).
 
-    Ten tries of a uniform share of the area and a log-uniform width / height ratio; if none
-    fits into the image, the largest centred window whose ratio is within `ratio`.
+    The paper leaves open how; this is torchvision's rule. Ten tries of a uniform share of the area
+    and a log-uniform width / height ratio; if none fits into the image, the largest centred window
+    whose ratio is within `ratio`. TensorFlow's sampler, which big_vision and V-MoE use, draws the
+    ratio itself uniformly, then a height.
 
     Args:
         width: Width of the image, pixels.
@@ -130,11 +134,22 @@ def resized(picture: Image.Image | Pixels, width: int, height: int) -> Image.Ima
     """All of a picture at another size; pixels stay an array, an image an image."""
     if isinstance(picture, Image.Image):
         return picture.resize((width, height), Image.Resampling.BILINEAR)
+    return _interpolated(np.ascontiguousarray(picture), width, height, antialias=True)
+
+
+def sampled(picture: Image.Image | Pixels, width: int, height: int) -> Pixels:
+    """All of a picture at another size: each pixel lies between four of the picture's.
+
+    Whatever lies between these is left out where a picture shrinks to less than half.
+    """
+    return _interpolated(np.array(picture), width, height, antialias=False)
+
+
+def _interpolated(source_HW3: Pixels, width: int, height: int, *, antialias: bool) -> Pixels:
     # Torch takes its fast path for bytes only if the picture is a channels-last batch without gaps,
-    # and answers in the same layout. The copy is numpy's, which stays in this thread.
-    source_1HW3 = np.ascontiguousarray(picture).reshape(1, *picture.shape)
-    source_13HW = torch.from_numpy(source_1HW3).permute(0, 3, 1, 2)
-    out_13HW = F.interpolate(source_13HW, (height, width), mode="bilinear", antialias=True)
+    # and answers in the same layout. The copy was numpy's, which stays in this thread.
+    source_13HW = torch.from_numpy(source_HW3.reshape(1, *source_HW3.shape)).permute(0, 3, 1, 2)
+    out_13HW = F.interpolate(source_13HW, (height, width), mode="bilinear", antialias=antialias)
     out_HW3: Pixels = out_13HW.permute(0, 2, 3, 1)[0].numpy()
     return out_HW3
 

@@ -34,6 +34,24 @@ def train(data, *, rng=None, size=32, decoder="pillow", **augment):
     )
 
 
+def between_four(pixels, width, height):
+    """Bilinear sampling without antialiasing, a pixel at a time; edges are repeated."""
+    high, wide = pixels.shape[:2]
+    out = np.empty((height, width, 3))
+    for i in range(height):
+        for j in range(width):
+            y, x = (i + 0.5) * high / height - 0.5, (j + 0.5) * wide / width - 0.5
+            top, left = math.floor(y), math.floor(x)
+            out[i, j] = sum(
+                (1 - abs(y - row))
+                * (1 - abs(x - column))
+                * pixels[min(max(row, 0), high - 1), min(max(column, 0), wide - 1)]
+                for row in (top, top + 1)
+                for column in (left, left + 1)
+            )
+    return out.round()
+
+
 def differences(one, other):
     """Mean and greatest difference of two pictures."""
     difference = np.abs(one.astype(int) - other.astype(int))
@@ -52,7 +70,7 @@ def test_crops_stay_inside_the_image_and_within_the_asked_area_and_ratio():
         assert RATIO[0] - 0.01 < (right - left) / (bottom - top) < RATIO[1] + 0.01
 
 
-def test_crops_spread_as_the_paper_asks():
+def test_crops_spread_as_torchvisions_do():
     """Where every try fits: area uniform, log ratio uniform, places even."""
     boxes = np.array(
         [
@@ -98,6 +116,36 @@ def test_training_is_the_slow_crop_then_resize(noise, encode, seed, decoder):
     assert differences(fast, np.asarray(slow))[1] <= (decoder == "simplejpeg")
 
 
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize(("size", "to"), [((333, 250), 24), ((40, 31), 48), ((60, 60), 7)])
+def test_without_antialiasing_a_pixel_lies_between_four_of_the_crop(
+    noise, encode, size, to, kind, decoder
+):
+    grain = np.random.default_rng(0).integers(0, 64, (size[1], size[0], 3), dtype=np.uint8)
+    data = encode(Image.fromarray(np.asarray(noise(*size)) // 2 + grain), kind)
+    box = draw_crop(*size, area=AREA, ratio=RATIO, rng=SampleRandom(4))
+    slow = between_four(np.asarray(Image.open(io.BytesIO(data)).crop(box)), to, to)
+
+    fast = train(data, size=to, decoder=decoder, antialias=False, flip=0.0, rng=SampleRandom(4))
+
+    assert fast.flags.c_contiguous
+    assert differences(fast, slow)[1] <= 1
+    smooth = train(data, size=to, decoder=decoder, flip=0.0, rng=SampleRandom(4))
+    shrinks = box[2] - box[0] > 2 * to
+    assert (differences(fast, smooth)[0] > 2) == shrinks
+
+
+def test_without_antialiasing_both_decoders_give_the_same_pixels_to_the_bit(noise, encode):
+    augment = {"antialias": False, "flip": 0.5, "randaugment_layers": 2, "grey": 0.3}
+    for seed in range(10):
+        data = encode(noise(200 - seed, 150 + seed, seed=seed))
+        pillow, fast = (
+            train(data, decoder=decoder, rng=SampleRandom(seed), **augment) for decoder in DECODERS
+        )
+        assert np.array_equal(pillow, fast)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (20, 31), (224, 224), (3, 40_000)])
 def test_mirroring_exchanges_left_and_right_exactly(shape):
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
@@ -136,6 +184,8 @@ def test_a_decoding_thread_starts_no_threads_of_its_own(noise, encode):
         "    augment = AugmentConfig(flip=1.0)\n"
         "    train_image(data, size=384, augment=augment, decoder='simplejpeg',\n"
         "                rng=SampleRandom(0))\n"
+        "    augment = AugmentConfig(crop_area=(1.0, 1.0), antialias=False)\n"
+        "    train_image(data, size=384, augment=augment, decoder='pillow', rng=SampleRandom(0))\n"
         "    eval_image(data, size=384, resize=400, decoder='simplejpeg')\n"
         "    print(len(list(Path('/proc/self/task').iterdir())) - before)\n"
         "thread = threading.Thread(target=decode)\n"
