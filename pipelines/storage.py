@@ -25,7 +25,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -70,11 +70,13 @@ class Entry:
         name: Last part of its path.
         is_folder: Whether it is a folder.
         size: Bytes of a file; 0 for a folder.
+        changed: When a file was changed last, see `Place.changed`; 0 for a folder.
     """
 
     name: str
     is_folder: bool
     size: int
+    changed: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +160,21 @@ class Place:
                 raise FileNotFoundError(self.where)
             return int(info.size)
 
+    def changed(self) -> int:
+        """When the file was changed last, in nanoseconds.
+
+        On this machine that is the time which no program sets: copying and fetching again often
+        keep the other one (`wget`, `rsync -t`, `tar`), though the bytes differ. In an object store
+        it is that of the upload.
+        """
+        with plain_errors(self):
+            if self.local is not None:
+                return self.local.stat().st_ctime_ns
+            info = self._info()
+            if info.type is not fs.FileType.File:
+                raise FileNotFoundError(self.where)
+            return info.mtime_ns or 0
+
     def entries(self) -> Iterator[Entry]:
         """What lies directly in the folder, sorted by name."""
         with plain_errors(self):
@@ -173,6 +190,7 @@ class Place:
                 name=info.base_name,
                 is_folder=info.type is fs.FileType.Directory,
                 size=info.size or 0,
+                changed=info.mtime_ns or 0,
             )
             for info in store.get_file_info(fs.FileSelector(path))
         ]
@@ -362,29 +380,27 @@ def _google_entries(store: fs.FileSystem, path: str) -> list[Entry]:
     for info in store.get_file_info(fs.FileSelector(path, recursive=True)):
         name, below, _ = info.path[len(path) + 1 :].partition("/")
         is_folder = bool(below) or info.type is fs.FileType.Directory
-        found[name] = Entry(name=name, is_folder=is_folder, size=0 if is_folder else info.size)
+        size, changed = (0, 0) if is_folder else (info.size, info.mtime_ns or 0)
+        found[name] = Entry(name=name, is_folder=is_folder, size=size, changed=changed)
     return list(found.values())
 
 
 def _local_entries(folder: Path) -> list[Entry]:
     """Entries of a folder on this machine; links are what they point to."""
     with os.scandir(folder) as found:
-        return [
-            Entry(
-                name=entry.name,
-                is_folder=entry.is_dir(),
-                size=0 if entry.is_dir() else _size(entry),
-            )
-            for entry in found
-        ]
+        return [_local_entry(entry) for entry in found]
 
 
-def _size(entry: os.DirEntry[str]) -> int:
-    """Bytes of a file; of a link that points nowhere, 0."""
+def _local_entry(entry: os.DirEntry[str]) -> Entry:
+    """A link that points nowhere is a file of 0 bytes."""
+    if entry.is_dir():
+        return Entry(name=entry.name, is_folder=True, size=0)
     try:
-        return entry.stat().st_size
+        found = entry.stat()
     except FileNotFoundError:
-        return 0
+        return Entry(name=entry.name, is_folder=False, size=0)
+    size, changed = found.st_size, found.st_ctime_ns
+    return Entry(name=entry.name, is_folder=False, size=size, changed=changed)
 
 
 def _move(finished: Path, target: Path) -> None:

@@ -139,6 +139,25 @@ class TestFiles:
                 ask()
         assert not missing.is_folder()
 
+    def test_when_a_file_was_changed_is_told_in_nanoseconds(self, folder: Place) -> None:
+        before = time.time_ns() - 10**10
+        (folder / "in/a").write_bytes(b"old")
+        (entry,) = (folder / "in").entries()
+        for changed in (entry.changed, (folder / "in/a").changed()):
+            assert before < changed < time.time_ns() + 10**10
+        with pytest.raises(StorageError, match="missing does not exist; check its name"):
+            (folder / "missing").changed()
+
+    def test_a_time_that_was_set_back_does_not_hide_a_change(self, tmp_path: Path) -> None:
+        there = place(tmp_path / "a")
+        there.write_bytes(b"old")
+        (entry,), times = place(tmp_path).entries(), (tmp_path / "a").stat()
+        time.sleep(0.02)
+        there.write_bytes(b"new")
+        os.utime(tmp_path / "a", ns=(times.st_atime_ns, times.st_mtime_ns))
+        (again,) = place(tmp_path).entries()
+        assert again.changed == there.changed() > entry.changed
+
     def test_removing_what_is_not_there_is_fine(self, folder: Place) -> None:
         (folder / "a/b").write_bytes(b"1")
         (folder / "missing").remove()

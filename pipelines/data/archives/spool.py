@@ -55,7 +55,8 @@ class State:
     """What a folder of segments belongs to, in `spool.json`.
 
     Attributes:
-        stream: A hash of the names and sizes of the compressed files, and of how they are read.
+        stream: A hash of the names and sizes of the compressed files, of when they were changed
+            last, and of how they are read.
         sizes: Bytes of every segment, once all are written; None: they are not.
     """
 
@@ -108,10 +109,11 @@ def _silent(what: str, done: int, total: int) -> None:
 
 
 def _digest(source: Source, stream: Stream, segment_bytes: int) -> str:
-    sizes = [f"{path} {(source.archive / path).size()}" for path in stream.paths]
+    places = {path: source.archive / path for path in stream.paths}
+    files = [f"{path} {place.size()} {place.changed()}" for path, place in places.items()]
     listed = "" if source.listed is None else " ".join(sorted(source.listed))
     told = [source.archive.where, source.layout, source.media, stream.nested, segment_bytes, listed]
-    return hashlib.sha256("\n".join(map(str, [*told, *sizes])).encode()).hexdigest()
+    return hashlib.sha256("\n".join(map(str, [*told, *files])).encode()).hexdigest()
 
 
 def _begin(to: Place, digest: str) -> State:

@@ -44,7 +44,7 @@ from pipelines.data.sharding.scanned import (
     scan_file,
     scan_unit,
 )
-from pipelines.data.sharding.versions import Settings, Version, unit_digests
+from pipelines.data.sharding.versions import Settings, Version, unit_states
 from pipelines.data.sources.base import Source
 from pipelines.errors import UsageError
 from pipelines.storage import Place
@@ -183,19 +183,19 @@ class Making:
         settings, unfinished = self._settings, out / UNFINISHED
         if source.stream:
             source = spool(source, unfinished / "spool", progress=self._progress)
-        units = unit_digests(source)
+        states = unit_states(source)
         if source.listed is None:
             known = set.intersection(*(_known_units(version) for version in versions))
-            kept = [n for n, digest in enumerate(units) if digest not in known]
+            kept = [n for n, (digest, _) in enumerate(states) if digest not in known]
             source = replace(source, units=tuple(source.units[n] for n in kept))
-            units = tuple(units[n] for n in kept)
+            states = tuple(states[n] for n in kept)
         names = tuple(version.part.name for version in versions)
         scan = scan_digest(
             source, seed=settings.seed, parts=names, val_fraction=settings.val_fraction
         )
         return ShardJob(
             source=source,
-            units=units,
+            units=tuple(state for _, state in states),
             parts=tuple(version.part for version in versions),
             scratch=unfinished / "scan" / scan,
             classes=settings.classes or source.classes,

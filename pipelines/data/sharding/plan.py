@@ -50,7 +50,8 @@ class ShardJob:
 
     Attributes:
         source: The archive, as what can be scanned.
-        units: A hash of every unit of the source, see `unit_digest`; names what was scanned.
+        units: A hash of every unit of the source and of when it was changed last, see
+            `versions.unit_states`; names what was scanned.
         parts: What is made; members of no part are left alone.
         scratch: Folder of what is unfinished: results of scans.
         classes: Class names in label order; None while they are not known yet.

@@ -99,19 +99,35 @@ def shard_number(name: str) -> int:
 
 
 def unit_digests(source: Source) -> tuple[str, ...]:
-    """A short hash of the name, size and both ends (or list of files) of every unit."""
+    """A short hash of the name, size and both ends (or list of files) of every unit.
+
+    The same wherever the archive lies: it goes into the manifest.
+    """
+    return tuple(digest for digest, _ in unit_states(source))
+
+
+def unit_states(source: Source) -> tuple[tuple[str, str], ...]:
+    """Of every unit its digest, and a hash of that and of when its files were changed last.
+
+    The second tells whether what was scanned still holds: a tar that was damaged in its middle has
+    the name, the size and both ends of the one that it is replaced by.
+    """
     with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
-        return tuple(pool.map(partial(_unit_digest, source.archive), source.units))
+        return tuple(pool.map(partial(_unit_state, source.archive), source.units))
 
 
-def _unit_digest(archive: Place, unit: Unit) -> str:
+def _unit_state(archive: Place, unit: Unit) -> tuple[str, str]:
     place = archive / unit.path
     if unit.kind == "tar":
-        return unit_digest(unit, _ends(place, unit.start, unit.size))
-    files = hashlib.sha256()
-    for line in _files_below(place, "", 0):
+        changed = str(place.changed())
+        digest = unit_digest(unit, _ends(place, unit.start, unit.size))
+        return digest, short_digest([digest, changed])
+    files, times = hashlib.sha256(), hashlib.sha256()
+    for line, when in _files_below(place, "", 0):
         files.update(line.encode(errors="surrogateescape"))
-    return unit_digest(unit, files.hexdigest())
+        times.update(b"%d " % when)
+    digest = unit_digest(unit, files.hexdigest())
+    return digest, short_digest([digest, times.hexdigest()])
 
 
 def _ends(place: Place, start: int, size: int) -> str:
@@ -126,13 +142,13 @@ def _ends_of_file(place: Place) -> str:
     return _ends(place, 0, place.size())
 
 
-def _files_below(folder: Place, prefix: str, depth: int) -> Iterator[str]:
-    """Names and sizes; of folders that a scan does not look into either, the name alone."""
+def _files_below(folder: Place, prefix: str, depth: int) -> Iterator[tuple[str, int]]:
+    """Names and sizes, and when changed; of folders that a scan skips, too, the name alone."""
     for entry in folder.entries():
         if not entry.is_folder:
-            yield f"{prefix}{entry.name} {entry.size}\n"
+            yield f"{prefix}{entry.name} {entry.size}\n", entry.changed
         elif depth == MAX_DEPTH:
-            yield f"{prefix}{entry.name}/\n"
+            yield f"{prefix}{entry.name}/\n", 0
         else:
             yield from _files_below(folder / entry.name, f"{prefix}{entry.name}/", depth + 1)
 

@@ -1,0 +1,102 @@
+"""Archives whose bytes change between runs or during one: mended, damaged, or replaced."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.data.manifest import Resized
+from pipelines.data.sharding.making import Making, ShardingReport
+from pipelines.data.sharding.plan import Part
+from pipelines.data.sharding.versions import Settings, new_version, unit_digests
+from pipelines.errors import ArchiveError
+from pipelines.storage import Place
+from tests.pipelines.data.sharding.sharded import contents, place, source
+from tests.raw_archives import jpegs, tar_bytes, write_files, write_tar
+
+IMAGES = {wnid: jpegs(wnid, 12, first) for wnid, first in (("n01440764", 0), ("n01443537", 50))}
+
+
+def in_turn(
+    task: Callable[[Any, Any], Any],
+    job: Any,
+    work: Sequence[Any],
+    sizes: Sequence[int],
+    kept: Place,
+) -> Iterator[tuple[int, Any]]:
+    """Runs tasks in this process, with items and answers as JSON has them."""
+    for at, item in enumerate(work):
+        yield at, json.loads(json.dumps(task(job, json.loads(json.dumps(item)))))
+
+
+def make(
+    archive: Path, out: Path, *, resized: Resized | None = None, max_bad_fraction: float = 0.0
+) -> ShardingReport:
+    """What `write_shards` does, without Ray."""
+    settings = Settings(
+        seed=0, samples_per_shard=9, val_fraction=0.0, classes=None, resized=resized
+    )
+    found = source(archive)
+    making = Making(settings, max_bad_fraction=max_bad_fraction, progress=None, fan_out=in_turn)
+    part = Part(name="all", out=place(out))
+    version = new_version(found, unit_digests(found), part, settings)
+    (report,) = making.make(found, part.out, (version,))
+    return report
+
+
+def class_tars(folder: Path) -> Path:
+    for wnid, images in IMAGES.items():
+        write_tar(folder / f"{wnid}.tar", images)
+    return folder / "n01443537.tar"
+
+
+def compressed(folder: Path) -> Path:
+    tars = {f"{wnid}.tar": tar_bytes(images) for wnid, images in IMAGES.items()}
+    return write_tar(folder / "winter21.tar.gz", tars)
+
+
+def loose_files(folder: Path) -> Path:
+    for wnid, images in IMAGES.items():
+        write_files(folder / wnid, images)
+    return folder / "n01440764" / "n01440764_3.JPEG"
+
+
+class TestMending:
+    @pytest.mark.parametrize("write", [class_tars, compressed, loose_files])
+    def test_an_archive_that_was_mended_is_read_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], Path]
+    ) -> None:
+        for ends in ("FIRST_BYTES", "LAST_BYTES"):  # as much of these tars as of large ones
+            monkeypatch.setattr(f"pipelines.data.sharding.versions.{ends}", 64)
+        damaged = write(tmp_path / "raw")
+        archive = damaged if write is compressed else tmp_path / "raw"
+        whole, third = damaged.read_bytes(), damaged.stat().st_size // 3
+        damaged.write_bytes(whole[:third] + bytes(third) + whole[2 * third :])
+        before = damaged.stat()
+        with pytest.raises(ArchiveError, match=r"cannot be used .*mend the archive or raise"):
+            make(archive, tmp_path / "out")
+        damaged.write_bytes(whole)
+        os.utime(damaged, ns=(before.st_atime_ns, before.st_mtime_ns))  # as wget and rsync do
+        assert make(archive, tmp_path / "out").samples == 24
+        assert not (tmp_path / "out/.unfinished").exists()
+
+    def test_what_was_scanned_is_kept_while_the_archive_stays(self, tmp_path: Path) -> None:
+        damaged = class_tars(tmp_path / "raw")
+        damaged.write_bytes(damaged.read_bytes()[:600])
+        kept = []
+        for _ in range(2):
+            with pytest.raises(ArchiveError, match="cannot be used"):
+                make(tmp_path / "raw", tmp_path / "out")
+            scans = (tmp_path / "out/.unfinished/scan").glob("*/*.parquet")
+            kept.append({path.name: path.stat().st_mtime_ns for path in scans})
+        assert kept[0] == kept[1]
+        assert len(kept[0]) == 4  # samples and problems of two units
+
+    def test_a_copy_of_an_archive_gives_the_same_bytes(self, tmp_path: Path) -> None:
+        for copy in ("a/raw", "b/raw"):
+            loose_files(tmp_path / copy)
+            make(tmp_path / copy, (tmp_path / copy).parent / "out")
+        assert contents(tmp_path / "a/out") == contents(tmp_path / "b/out")
