@@ -7,6 +7,7 @@ a key is that of `names`.
 """
 
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -137,7 +138,7 @@ def _file_member(source: Source, unit: Unit, folder: Place, name: str, size: int
 
 def _probed(media: Media, member: Member, data: bytes, name: str) -> Member:
     problem, remark = probe(media, data, name)
-    return replace(member, problem=problem, remark=remark)
+    return replace(member, problem=problem, remark=remark, crc32=zlib.crc32(data))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,7 +26,8 @@ from pipelines.data.manifest import INDEX_SCHEMA, ShardRecord, classes_sha256
 from pipelines.data.sharding.plan import ShardJob, ShardRange
 from pipelines.data.sharding.reencode import reencode
 from pipelines.data.sharding.scanned import Scanned, rows_between, whole_file
-from pipelines.storage import Place
+from pipelines.errors import ArchiveError, DatasetError
+from pipelines.storage import Place, plain_errors
 
 UNFINISHED = ".unfinished"
 REPEATED = "has the key of an earlier member"
@@ -95,6 +96,7 @@ class _Sample(NamedTuple):
     offset: int
     size: int
     remark: str | None
+    crc32: int
     unit: int
 
 
@@ -110,8 +112,9 @@ def write_shard(pack: PackJob, shard: ShardRange) -> Packed:
     """Write a shard and its side file, unless both are there.
 
     Raises:
-        OSError: The archive cannot be read or the shard not written; nothing half-made is left.
-        PipelineError: An image cannot be re-encoded.
+        ArchiveError: The archive was changed after it was scanned.
+        StorageError: The archive cannot be read or the shard not written; nothing half-made is left.
+        DatasetError: An image cannot be re-encoded.
     """
     samples, repeats, known = _samples(pack, shard)
     digest = _digest(pack, shard, samples, repeats, known)
@@ -174,12 +177,12 @@ def _write_tar(
     labels = {name: label for label, name in enumerate(job.classes or ())}
     place = job.parts[shard.part].out / shard.name
     with whole_file(place) as path, path.open("wb", buffering=0) as file:
-        tar = TarWriter(file)
-        rows = [
-            _add(job, tar, shard, sample, labels, data)
-            for sample, data in zip(samples, _contents(job.source.archive, samples), strict=True)
-        ]
-        tar.finish()
+        tar, rows = TarWriter(file), []
+        for sample, data in zip(samples, _contents(job.source.archive, samples), strict=True):
+            with plain_errors(place):
+                rows.append(_add(job, tar, shard, sample, labels, data))
+        with plain_errors(place):
+            tar.finish()
     record = ShardRecord(
         name=shard.name,
         samples=len(samples),
@@ -206,8 +209,13 @@ def _add(
     origin: dict[str, Any] = {"member": sample.name}
     if sample.class_name is not None:
         origin["class"] = sample.class_name
+    crc32 = sample.crc32
     if job.resized:
-        data, sizes = reencode(data, job.resized)
+        try:
+            data, sizes = reencode(data, job.resized)
+        except DatasetError as error:
+            raise DatasetError(f"{sample.name} cannot be resized: it {error}") from error
+        crc32 = zlib.crc32(data)
         origin["resized"] = sizes.told()
     media = "jpg" if job.source.media == "image" else sample.name.rpartition(".")[2].lower()
     media_offset = tar.add(f"{sample.key}.{media}", data)
@@ -225,7 +233,7 @@ def _add(
         media,
         media_offset,
         len(data),
-        zlib.crc32(data),
+        crc32,
         cls_offset,
         len(cls),
         json_offset,
@@ -242,12 +250,16 @@ def _contents(archive: Place, samples: list[_Sample]) -> Iterator[bytes]:
 
     @lru_cache(OPEN_FILES)
     def opened(path: str) -> pa.NativeFile:
-        return (archive / path if path else archive).open()
+        return (archive / path).open()
 
     def read(sample: _Sample) -> bytes:
-        data: bytes = opened(sample.path).read_at(sample.size, sample.offset)
-        if len(data) != sample.size:
-            raise OSError(f"{sample.name} became shorter while it was read")
+        with plain_errors(archive / sample.path):
+            data: bytes = opened(sample.path).read_at(sample.size, sample.offset)
+        if zlib.crc32(data) != sample.crc32:
+            raise ArchiveError(
+                f"{sample.name} was changed after it was scanned; leave {archive} as it is while "
+                "it is read"
+            )
         return data
 
     if archive.local:

@@ -12,6 +12,10 @@ from PIL import Image
 
 from pipelines.data.manifest import Resized
 from pipelines.data.pixels.decode import decode_rgb
+from pipelines.errors import DatasetError
+
+LONGEST_SIDE = 65_500  # pixels, of a JPEG as libjpeg writes it
+TOO_LONG = f"would have a side above the {LONGEST_SIDE} pixels of a JPEG when resized"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,10 +39,12 @@ def reencode(data: bytes, resized: Resized) -> tuple[bytes, Sizes]:
         resized: Short side in pixels, JPEG quality.
 
     Raises:
-        DatasetError: The bytes do not decode.
+        DatasetError: The bytes do not decode, or the image is too long for a JPEG.
     """
     image = decode_rgb(data)
     size = shrunk(image.size, resized.short_side)
+    if max(size) > LONGEST_SIDE:
+        raise DatasetError(TOO_LONG)
     small = image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
     file = io.BytesIO()
     # Pillow would otherwise copy what the file said of itself, such as its orientation.

@@ -49,6 +49,7 @@ SAMPLES = pa.schema(
         ("offset", pa.int64()),
         ("size", pa.int64()),
         ("remark", pa.string()),
+        ("crc32", pa.uint32()),
     ]
 )
 PROBLEMS = pa.schema(
@@ -185,6 +186,7 @@ def _sample_row(job: ShardJob, member: Member, part: int, seq: int) -> tuple[Any
         member.offset,
         member.size,
         member.remark,
+        member.crc32,
     )
 
 

@@ -107,6 +107,7 @@ class Member:
         remark: What is unusual about a sample that is kept, such as "is CMYK"; None: nothing.
         lost: Bytes of the archive that a damaged piece makes unreadable; None: it is cut off, and
             nobody knows what should follow; 0 for everything else.
+        crc32: Of the bytes of a sample.
     """
 
     key: str
@@ -119,6 +120,7 @@ class Member:
     problem: str | None = None
     remark: str | None = None
     lost: int | None = 0
+    crc32: int = 0
 
 
 class Found(NamedTuple):

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from pipelines.data.manifest import Resized
-from pipelines.data.sharding.making import Making, ShardingReport
+from pipelines.data.sharding.making import FanOut, Making, ShardingReport
 from pipelines.data.sharding.plan import Part
 from pipelines.data.sharding.versions import Settings, new_version, unit_digests
 from pipelines.errors import ArchiveError
 from pipelines.storage import Place
-from tests.pipelines.data.sharding.sharded import contents, place, source
+from tests.pipelines.data.sharding.sharded import contents, place, samples, source
 from tests.raw_archives import jpegs, tar_bytes, write_files, write_tar
 
 IMAGES = {wnid: jpegs(wnid, 12, first) for wnid, first in (("n01440764", 0), ("n01443537", 50))}
@@ -33,14 +33,19 @@ def in_turn(
 
 
 def make(
-    archive: Path, out: Path, *, resized: Resized | None = None, max_bad_fraction: float = 0.0
+    archive: Path,
+    out: Path,
+    *,
+    resized: Resized | None = None,
+    max_bad_fraction: float = 0.0,
+    fan_out: FanOut = in_turn,
 ) -> ShardingReport:
     """What `write_shards` does, without Ray."""
     settings = Settings(
         seed=0, samples_per_shard=9, val_fraction=0.0, classes=None, resized=resized
     )
     found = source(archive)
-    making = Making(settings, max_bad_fraction=max_bad_fraction, progress=None, fan_out=in_turn)
+    making = Making(settings, max_bad_fraction=max_bad_fraction, progress=None, fan_out=fan_out)
     part = Part(name="all", out=place(out))
     version = new_version(found, unit_digests(found), part, settings)
     (report,) = making.make(found, part.out, (version,))
@@ -100,3 +105,24 @@ class TestMending:
             loose_files(tmp_path / copy)
             make(tmp_path / copy, (tmp_path / copy).parent / "out")
         assert contents(tmp_path / "a/out") == contents(tmp_path / "b/out")
+
+
+class TestChanging:
+    def test_a_file_that_is_replaced_before_it_is_written_is_told_and_then_read_again(
+        self, tmp_path: Path
+    ) -> None:
+        file = loose_files(tmp_path / "raw")
+        longer = jpegs("n01440764", 1, first=900)["n01440764_900.JPEG"] + bytes(9000)
+
+        def replaced(task: Callable[[Any, Any], Any], *rest: Any) -> Iterator[tuple[int, Any]]:
+            if "write" in task.__name__:
+                file.write_bytes(longer)
+            return in_turn(task, *rest)
+
+        message = r"n01440764/n01440764_3\.JPEG was changed after it was scanned; leave .*raw as it"
+        with pytest.raises(ArchiveError, match=message):
+            make(tmp_path / "raw", tmp_path / "out", fan_out=replaced)
+        report = make(tmp_path / "raw", tmp_path / "out")
+        assert {sample["jpg"] for sample in samples(report)} == {
+            path.read_bytes() for path in (tmp_path / "raw").rglob("*.JPEG")
+        }

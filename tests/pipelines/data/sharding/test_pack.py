@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import resource
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from pipelines.data.sharding.pack import (
 from pipelines.data.sharding.plan import BINS, Part, ShardJob, ShardRange
 from pipelines.data.sharding.scanned import Scanned, scan_file, scan_unit
 from pipelines.data.sources.base import Listed, Source, Unit
-from pipelines.errors import DatasetError
+from pipelines.errors import ArchiveError, DatasetError
 from pipelines.storage import Place, StorageError
 
 KEYS = ["n01_0", "n01_" + "long" * 30, "n01_é"]
@@ -212,7 +213,9 @@ def test_resized_images_are_told_in_their_json(
 def test_a_shard_that_fails_leaves_nothing(pack: PackJob, tmp_path: Path) -> None:
     tar = tmp_path / "n01.tar"
     tar.write_bytes(tar.read_bytes()[:600])
-    with pytest.raises(OSError, match=r"n01\.tar/.*JPEG became shorter while it was read"):
+    with pytest.raises(
+        ArchiveError, match=r"n01\.tar/.*JPEG was changed after it was scanned; lea"
+    ):
         write_shard(pack, WHOLE)
     tar.unlink()
     with pytest.raises(StorageError, match=r"n01\.tar does not exist"):
@@ -221,9 +224,38 @@ def test_a_shard_that_fails_leaves_nothing(pack: PackJob, tmp_path: Path) -> Non
     assert [path.name for path in (tmp_path / "out" / UNFINISHED).iterdir()] == ["scan"]
 
 
-def test_an_image_that_no_longer_decodes_is_not_resized(pack: PackJob, tmp_path: Path) -> None:
+def test_bytes_that_changed_after_the_scan_do_not_get_into_a_shard(
+    pack: PackJob, tmp_path: Path, jpeg: Callable[[int], bytes]
+) -> None:
     tar = tmp_path / "n01.tar"
-    tar.write_bytes(bytes(tar.stat().st_size))
+    content, image = tar.read_bytes(), jpeg(1)
+    assert content.count(image) == 1
+    tar.write_bytes(content.replace(image, image[:-3] + bytes(3)))
+    with pytest.raises(ArchiveError, match=r"n01\.tar/n01_long.* was changed after it was scanned"):
+        write_shard(pack, WHOLE)
+
+
+def test_a_disk_that_is_full_is_named_by_the_shard_that_it_has_no_room_for(
+    pack: PackJob, tmp_path: Path
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(
+            StorageError, match=r"out/shard-000000\.tar cannot be .*written: File t"
+        ):
+            write_shard(pack, WHOLE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [UNFINISHED]
+
+
+def test_an_image_that_cannot_be_resized_is_named(
+    tmp_path: Path, write_tar: Callable[..., Path], encode: Callable[..., bytes]
+) -> None:
+    files = {"n01_1.PNG": encode(Image.new("RGB", (70_000, 4)), "PNG")}
+    pack = packing(tmp_path / "out", write_tar(tmp_path / "n01.tar", files))
     pack = replace(pack, job=replace(pack.job, resized=Resized(short_side=8, quality=80)))
-    with pytest.raises(DatasetError, match="does not decode as an image"):
+    message = r"n01\.tar/n01_1\.PNG cannot be resized: it would have a side above the 65500 pixels"
+    with pytest.raises(DatasetError, match=message):
         write_shard(pack, WHOLE)
