@@ -15,19 +15,20 @@ configuration:
 * Google Cloud Storage: `GOOGLE_APPLICATION_CREDENTIALS`, or the machine's service account;
   `STORAGE_EMULATOR_HOST` for an emulator.
 
-An upload that is killed leaves no object, but may leave its parts on the store's bill: give the
+An upload that is killed or fails leaves no object, but may leave its parts on the store's bill: give the
 bucket a rule that ends incomplete multipart uploads after a day.
 """
 
+import ctypes
 import errno
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -260,20 +261,30 @@ class Place:
         return store.get_file_info(path)
 
     def _upload(self, content: bytes | pa.Buffer) -> None:
-        """Send a whole file to an object store; until all of it is there, nothing is."""
+        """Send a whole file to an object store; until all of it is there, the old object is."""
         store, path = self._store()
-        stream = store.open_output_stream(path, compression=None)
+        streams: list[pa.NativeFile] = []
         try:
+            # In one call, so that no interrupt finds a stream that is open and in no list.
+            streams.extend(map(partial(store.open_output_stream, compression=None), [path]))
             for start in range(0, len(content), UPLOAD_BYTES):
-                stream.write(content[start : start + UPLOAD_BYTES])
-                stream.flush()  # Arrow keeps what it has not sent, without a limit
+                streams[0].write(content[start : start + UPLOAD_BYTES])
+                streams[0].flush()  # Arrow keeps what it has not sent, without a limit
+            streams[0].close()
         except BaseException:
-            # Arrow can only close an upload, and that makes an object of what was sent so far.
-            with suppress(OSError):
-                stream.close()
-                store.delete_file(path)
+            for stream in streams:
+                _give_up(stream)
             raise
-        stream.close()
+
+
+def _give_up(stream: pa.NativeFile) -> None:
+    """Leave an upload unfinished: never close it.
+
+    Arrow cannot end an upload in another way than by closing it, which puts what was sent so far in
+    place of the old object, and it closes a stream that nobody refers to, as late as when Python
+    ends. So one reference stays for ever.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(stream))
 
 
 def place(where: str | Path | Place) -> Place:

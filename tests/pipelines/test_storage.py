@@ -1,5 +1,6 @@
 """Places: the same answers on this machine and in an object store, and whole files or none."""
 
+import gc
 import os
 import pickle
 import shutil
@@ -12,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -293,10 +295,62 @@ class TestWholeOrAbsent:
         assert not (bucket / "file").is_file()
         assert finished.stat().st_size == 300 << 20
 
+    def test_an_interrupted_upload_leaves_the_old_object(
+        self, bucket: Place, s3_server: S3Server, tmp_path: Path
+    ) -> None:
+        (bucket / "file").write_bytes(b"old")
+        finished = tmp_path / "finished"
+        finished.write_bytes(os.urandom(200 << 20))
+        process = subprocess.Popen(
+            [sys.executable, "-c", UPLOAD, str(bucket / "file"), str(finished)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        under_way = f"{s3_server.url}/{bucket.name}?uploads"
+        while b"<UploadId>" not in urllib.request.urlopen(under_way).read():
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate()
+        assert told.splitlines()[-1] == "KeyboardInterrupt"
+        assert (bucket / "file").read_bytes() == b"old"
+        assert files(bucket) == {"file"}
+        assert finished.stat().st_size == 200 << 20
+
+    @pytest.mark.parametrize("parts", [0, 1, 3])
+    def test_an_upload_that_is_given_up_leaves_the_old_object_whenever_it_is(
+        self, bucket: Place, monkeypatch: pytest.MonkeyPatch, parts: int
+    ) -> None:
+        monkeypatch.setattr("pipelines.storage.UPLOAD_BYTES", 6 << 20)
+        (bucket / "file").write_bytes(b"old")
+        with pytest.raises(KeyboardInterrupt, match=f"after {parts} parts"):
+            (bucket / "file").write_bytes(Interrupted(bytes(24 << 20), parts))
+        gc.collect()
+        assert (bucket / "file").read_bytes() == b"old"
+        (bucket / "file").write_bytes(b"new")
+        assert (bucket / "file").read_bytes() == b"new"
+
     def test_a_write_that_fails_leaves_no_file(self, folder: Place) -> None:
         with pytest.raises(TypeError, match="NoneType"):
             (folder / "file").write_bytes(None)  # type: ignore[arg-type]
         assert not (folder / "file").is_file()
+
+
+class Interrupted(bytes):
+    """Bytes whose reader is interrupted after some parts."""
+
+    def __new__(cls, content: bytes, parts: int) -> "Interrupted":
+        made = super().__new__(cls, content)
+        made.parts, made.left = parts, parts
+        return made
+
+    parts: int
+    left: int
+
+    def __getitem__(self, key: Any) -> Any:
+        if self.left == 0:
+            raise KeyboardInterrupt(f"after {self.parts} parts")
+        self.left -= 1
+        return super().__getitem__(key)
 
 
 UPLOAD = """

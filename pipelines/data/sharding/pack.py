@@ -113,7 +113,7 @@ def write_shard(pack: PackJob, shard: ShardRange) -> Packed:
 
     Raises:
         ArchiveError: The archive was changed after it was scanned.
-        StorageError: The archive cannot be read or the shard not written; nothing half-made is left.
+        StorageError: The archive cannot be read or the shard not written; nothing half-made stays.
         DatasetError: An image cannot be re-encoded.
     """
     samples, repeats, known = _samples(pack, shard)

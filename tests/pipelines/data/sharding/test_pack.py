@@ -213,9 +213,7 @@ def test_resized_images_are_told_in_their_json(
 def test_a_shard_that_fails_leaves_nothing(pack: PackJob, tmp_path: Path) -> None:
     tar = tmp_path / "n01.tar"
     tar.write_bytes(tar.read_bytes()[:600])
-    with pytest.raises(
-        ArchiveError, match=r"n01\.tar/.*JPEG was changed after it was scanned; lea"
-    ):
+    with pytest.raises(ArchiveError, match=r"n01\.tar/.*JPEG was changed after it was scanned"):
         write_shard(pack, WHOLE)
     tar.unlink()
     with pytest.raises(StorageError, match=r"n01\.tar does not exist"):
@@ -241,9 +239,7 @@ def test_a_disk_that_is_full_is_named_by_the_shard_that_it_has_no_room_for(
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
-        with pytest.raises(
-            StorageError, match=r"out/shard-000000\.tar cannot be .*written: File t"
-        ):
+        with pytest.raises(StorageError, match=r"out/shard-000000\.tar cannot be .*written: File"):
             write_shard(pack, WHOLE)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -307,7 +307,7 @@ def test_a_tar_that_shrinks_between_the_passes_stops_the_run_and_keeps_the_rest(
             (raw / "n00000001.tar").write_bytes(b"")
 
     message = (
-        r"n00000001\.tar/.* became shorter .* \(20 of 60 pieces of work failed; what is finished "
+        r"n00000001\.tar/.* was changed .* \(20 of 60 pieces of work failed; what is finished "
         r"is kept in .*out: mend this and run the same again\)$"
     )
     with pytest.raises(DatasetError, match=message):
