@@ -15,8 +15,8 @@ configuration:
 * Google Cloud Storage: `GOOGLE_APPLICATION_CREDENTIALS`, or the machine's service account;
   `STORAGE_EMULATOR_HOST` for an emulator.
 
-An upload that is killed or fails leaves no object, but may leave its parts on the store's bill: give the
-bucket a rule that ends incomplete multipart uploads after a day.
+An upload that is killed or fails leaves no object, but may leave its parts on the store's bill:
+give the bucket a rule that ends incomplete multipart uploads after a day.
 """
 
 import ctypes

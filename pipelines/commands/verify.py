@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from pipelines.data.manifest import MANIFEST, read_manifest
-from pipelines.data.verify import Progress, verify
+from pipelines.data.verify import Progress, left_in, verify
 from pipelines.errors import DatasetError
 from pipelines.storage import Place, place
 from pipelines.terminal import Meter, Terminal
@@ -23,8 +23,7 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     terminal = Terminal()
     broken: list[str] = []
     for folder in datasets(args.folder):
-        with terminal.meter(f"verifying {folder}") as meter:
-            problems = verify(folder, _progress(meter))
+        problems = _problems(folder, terminal)
         for problem in problems:
             terminal.say(f"{folder}: {problem}")
         broken += [f"{folder}: {problem}" for problem in problems]
@@ -39,13 +38,21 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     return 0
 
 
+def _problems(folder: Place, terminal: Terminal) -> list[str]:
+    left = left_in(folder)
+    if left:
+        return [f"has no {MANIFEST}, though it holds {left}"]
+    with terminal.meter(f"verifying {folder}") as meter:
+        return verify(folder, _progress(meter))
+
+
 def _progress(meter: Meter) -> Progress:
     return lambda done, total: meter.update(done, total, f"{done / 1e6:.0f}/{total / 1e6:.0f} MB")
 
 
 def datasets(folder: Place) -> list[Place]:
-    """The folder itself if it is a dataset, else the datasets that lie in it."""
+    """The folder itself if it is a dataset, else those that lie in it, unfinished ones too."""
     if (folder / MANIFEST).is_file() or not folder.is_folder():
         return [folder]
     inside = [folder / entry.name for entry in folder.entries() if entry.is_folder]
-    return [each for each in inside if (each / MANIFEST).is_file()] or [folder]
+    return [each for each in inside if (each / MANIFEST).is_file() or left_in(each)] or [folder]

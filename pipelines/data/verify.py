@@ -20,7 +20,7 @@ from pipelines.data.manifest import (
     index_shards,
     read_manifest,
 )
-from pipelines.data.sharding.pack import header
+from pipelines.data.sharding.pack import UNFINISHED, header
 from pipelines.data.sharding.plan import SHARD_NAME
 from pipelines.storage import Place, StorageError, plain_errors
 
@@ -52,8 +52,10 @@ def verify(folder: Place, progress: Progress | None = None) -> list[str]:
         found = list(pool.map(check.file, (*(s.name for s in manifest.shards), INDEX)))
     index_is_whole = found[-1] is None
     named = [
-        problem and (problem + check.where(number) if index_is_whole else problem)
-        for number, problem in enumerate(found[:-1])
+        problem + check.where(number)
+        if problem and index_is_whole and shard.name in check.changed
+        else problem
+        for number, (shard, problem) in enumerate(zip(manifest.shards, found[:-1], strict=True))
     ]
     known = {shard.name for shard in manifest.shards}
     extra = [
@@ -64,6 +66,13 @@ def verify(folder: Place, progress: Progress | None = None) -> list[str]:
     return [problem for problem in (*named, found[-1], *extra) if problem]
 
 
+def left_in(folder: Place) -> str | None:
+    """The first file by which a folder is a dataset though it has no manifest; None: it is none."""
+    names = [entry.name for entry in folder.entries()] if folder.is_folder() else []
+    ours = (name for name in names if name in (INDEX, UNFINISHED) or SHARD_NAME.fullmatch(name))
+    return None if MANIFEST in names else next(ours, None)
+
+
 class _Check:
     """The comparison of one dataset; threads share it.
 
@@ -72,6 +81,9 @@ class _Check:
         manifest: What it should be.
         sizes: Of the files that are there.
         progress: See `verify`.
+
+    Attributes:
+        changed: Files that were read and have other bytes than they should have.
     """
 
     def __init__(
@@ -81,6 +93,7 @@ class _Check:
         sizes: dict[str, int],
         progress: Progress | None,
     ) -> None:
+        self.changed: set[str] = set()
         self._folder, self._manifest, self._sizes = folder, manifest, sizes
         self._progress = progress
         self._lock = threading.Lock()
@@ -100,7 +113,10 @@ class _Check:
             found = self._sha256(self._folder / name)
         except StorageError as error:
             return f"{name} cannot be read: {error}"
-        return None if found == expected else f"{name} was changed: its sha256 differs"
+        if found == expected:
+            return None
+        self.changed.add(name)
+        return f"{name} was changed: its sha256 differs"
 
     def _sha256(self, place: Place) -> str:
         digest = hashlib.sha256()
@@ -118,13 +134,13 @@ class _Check:
 
     def where(self, number: int) -> str:
         """In which samples a changed shard differs, as far as the index can tell."""
-        shard = self._manifest.shards[number]
-        if self._sizes.get(shard.name) != shard.bytes:
+        place = self._folder / self._manifest.shards[number].name
+        try:
+            with plain_errors(place), place.open() as file:
+                (rows,) = index_shards(self._folder, [number])
+                keys = [row["key"] for row in rows.to_pylist() if not _is_whole(file, row)]
+        except StorageError:  # that it was changed is told all the same
             return ""
-        place = self._folder / shard.name
-        with plain_errors(place), place.open() as file:
-            (rows,) = index_shards(self._folder, [number])
-            keys = [row["key"] for row in rows.to_pylist() if not _is_whole(file, row)]
         if not keys:
             return " (in no sample's image, video, class or name)"
         more = f" and {len(keys) - NAMED_SAMPLES} more" if len(keys) > NAMED_SAMPLES else ""

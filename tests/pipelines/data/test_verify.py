@@ -1,13 +1,17 @@
 """Any change to a dataset is found and named."""
 
+import argparse
+import re
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pipelines.commands.verify import datasets
-from pipelines.data.manifest import index_shards, read_manifest, write_index
-from pipelines.data.verify import verify
+from pipelines.commands.verify import datasets, main
+from pipelines.data.manifest import index_shards, read_manifest, write_index, write_manifest
+from pipelines.data.verify import _Check, verify
 from pipelines.errors import DatasetError
 from pipelines.storage import Place
 
@@ -119,6 +123,59 @@ def test_a_broken_index_is_found_beside_a_broken_shard(
         "shard-000000.tar was changed: its sha256 differs",
         f"index.parquet {what}",
     ]
+
+
+def test_a_shard_that_cannot_be_read_is_told_beside_the_others(dataset: Path) -> None:
+    manifest = read_manifest(Place(str(dataset)))
+    unread, changed, whole = manifest.shards
+    # A file that can be opened and not read, as on a disk with a bad sector.
+    (dataset / unread.name).unlink()
+    (dataset / unread.name).symlink_to("/proc/self/mem")
+    shards = (replace(unread, bytes=0), changed, whole)
+    write_manifest(Place(str(dataset)), replace(manifest, shards=shards))
+    path = dataset / changed.name
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    first, second = problems(dataset)
+    assert re.fullmatch(
+        r"shard-000000\.tar cannot be read: .*Input/output error; mend that .*", first
+    )
+    assert second.startswith("shard-000001.tar was changed: its sha256 differs (in no sample's")
+
+
+def test_a_shard_that_cannot_be_read_again_is_told_without_its_samples(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = dataset / "shard-000001.tar"
+    path.write_bytes(bytes(path.stat().st_size))
+    files = _Check.file
+
+    def file(check: _Check, name: str) -> str | None:
+        problem = files(check, name)
+        if name == path.name:
+            path.unlink()
+        return problem
+
+    monkeypatch.setattr(_Check, "file", file)
+    assert problems(dataset) == ["shard-000001.tar was changed: its sha256 differs"]
+
+
+@pytest.mark.parametrize("left", ["shard-000000.tar", "index.parquet", ".unfinished"])
+def test_a_part_that_lost_its_manifest_is_told_beside_the_whole_ones(
+    dataset: Path, capsys: pytest.CaptureFixture[str], left: str
+) -> None:
+    val = dataset.parent / "val"
+    shutil.copytree(dataset, val)
+    (val / ".unfinished").mkdir()
+    for path in list(val.iterdir()):
+        if path.name != left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (dataset.parent / "notes").mkdir()  # nobody's business
+    message = rf"val: has no manifest\.json, though it holds {re.escape(left)}; restore it or make"
+    with pytest.raises(DatasetError, match=message):
+        main(argparse.ArgumentParser(), [str(dataset.parent)])
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("12 samples in 3 shards are whole")
+    assert told[1].startswith(f"{val}: has no manifest.json")
 
 
 def test_a_folder_without_manifest_cannot_be_verified(tmp_path: Path) -> None:
