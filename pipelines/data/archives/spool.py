@@ -12,11 +12,12 @@ damage. `scan` reads the notes (`tars.PROBLEM_RECORD`) and tells them as if it h
 
 import hashlib
 import os
+import re
 import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, ClassVar
@@ -46,6 +47,7 @@ from pipelines.storage import Place, plain_errors
 SEGMENT_BYTES = 1 << 30
 CHUNK_BYTES = 1 << 20
 STATE = "spool.json"
+_SEGMENT = re.compile(r"segment-\d{6,}\.tar")
 GIB = 1 << 30
 Progress = Callable[[str, int, int], None]
 
@@ -123,15 +125,23 @@ def _begin(to: Place, digest: str) -> State:
         state = parse_json(content, State, name=str(to / STATE), otherwise=_changed)
         if state.stream == digest:
             return state
-        to.remove()
-    elif to.is_folder() and any(to.entries()):
-        raise ArchiveError(
-            f"{to} holds files that are no part of a spooled archive; take them out or give "
-            "another folder"
-        )
+    _clear(to)
     state = State(stream=digest, sizes=None)
     (to / STATE).write_bytes(as_json(state))
     return state
+
+
+def _clear(to: Place) -> None:
+    """Remove what a run left, also one that was killed at its first file or while it cleared."""
+    if not to.is_folder():
+        return
+    for name in (entry.name for entry in to.entries()):
+        if not (name == STATE or _SEGMENT.fullmatch(name) or name.startswith(".")):
+            raise ArchiveError(
+                f"{to} holds files that are no part of a spooled archive (first {name}); take them "
+                "out or give another folder"
+            )
+    to.remove()
 
 
 def _changed(why: str) -> ArchiveError:
@@ -273,7 +283,8 @@ class _Segments:
         if kind is None:
             self._finish()
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # of a segment given up; why is told by what ends the block
+                self._file.close()
         if self._scratch is not None:
             self._scratch.cleanup()
 

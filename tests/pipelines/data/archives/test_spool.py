@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -189,10 +190,44 @@ def test_what_another_archive_left_is_removed(tmp_path: Path) -> None:
     assert len(hashes(tmp_path / "spool")) == 2
 
 
+@pytest.mark.parametrize(
+    "left",
+    [
+        (".spool.json.4711.tmp",),
+        ("segment-000001.tar",),
+        (".spool.json.4711.tmp", ".segment-000001.tar.tmp", "segment-000000.tar"),
+    ],
+)
+def test_what_a_run_left_that_was_killed_at_its_first_or_last_file_is_cleared(
+    tmp_path: Path, left: tuple[str, ...]
+) -> None:
+    source = packed(tmp_path / "a.tar.gz")
+    spooled(source, tmp_path / "whole")
+    (tmp_path / "spool").mkdir()
+    for name in left:
+        (tmp_path / "spool" / name).write_bytes(b"of another archive")
+    spooled(source, tmp_path / "spool")
+    assert hashes(tmp_path / "spool") == hashes(tmp_path / "whole")
+
+
+def test_a_disk_that_fills_up_is_told_once(tmp_path: Path) -> None:
+    source = packed(tmp_path / "a.tar.gz", {"n01.tar": tar_bytes(jpegs("n01", 30))})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(StorageError, match="spool cannot be read or written: File too large"):
+            spooled(source, tmp_path / "spool", 1 << 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(members(spooled(source, tmp_path / "spool", 1 << 20))) == 30
+
+
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
-    with pytest.raises(ArchiveError, match=r"mine holds files that are no part of a spooled arch"):
+    with pytest.raises(
+        ArchiveError, match=r"mine holds files that are no part .*first thesis.txt\)"
+    ):
         spooled(packed(tmp_path / "a.tar.gz"), tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "x"
 
