@@ -203,7 +203,7 @@ class Place:
         """
         with plain_errors(self):
             if self.local is not None:
-                return pa.OSFile(str(self.local), "rb")
+                return pa.OSFile(os.fsencode(self.local), "rb")  # names may be any bytes
             store, path = self._store()
             return store.open_input_file(path)
 

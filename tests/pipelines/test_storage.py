@@ -127,6 +127,14 @@ class TestFiles:
         assert (folder / "below/shard.tar").read_bytes() == content
         assert files(folder / "below") == {"shard.tar"}
 
+    def test_names_on_this_machine_may_be_any_bytes(self, tmp_path: Path) -> None:
+        there = place(tmp_path / "n01\udcff.tar")
+        there.write_bytes(b"content")
+        with there.open() as file:
+            assert file.read_at(3, 2) == b"nte"
+        with pytest.raises(StorageError, match="does not exist; check its name"):
+            place(tmp_path / "n02\udcff.tar").open()
+
     def test_several_threads_read_one_open_file(self, folder: Place) -> None:
         content = os.urandom(1 << 20)
         (folder / "a").write_bytes(content)

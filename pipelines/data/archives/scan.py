@@ -31,6 +31,7 @@ MAX_DEPTH = 16  # folders below a class; links to a folder above would never end
 CLASS_TARS = ("imagenet21k", "imagenet1k")  # layouts whose classes are tars of their own
 UNLISTED = "is not in the release's lists"
 UNREADABLE = "cannot be read"  # begins a problem that a rerun may well not have
+UNPRINTABLE = "has a name that is not printable UTF-8; rename it"
 NOWHERE = "is a link that leads nowhere"
 
 
@@ -51,6 +52,9 @@ def scan(source: Source, unit: Unit) -> Iterator[Member]:
 
 
 def _scan_tar(source: Source, unit: Unit) -> Iterator[Member]:
+    if printable(unit.path) != unit.path:
+        yield _lost(unit, UNPRINTABLE, unit.size)
+        return
     place = source.archive / unit.path
     position = unit.start
     try:
@@ -124,8 +128,7 @@ def _file_member(source: Source, unit: Unit, folder: Place, name: str, size: int
         problem=size if isinstance(size, str) else fate.problem,
     )
     if printable(path) != path:
-        problem = "has a name that is not printable UTF-8; rename it"
-        return replace(member, path="", problem=member.problem or problem)
+        return replace(member, path="", problem=member.problem or UNPRINTABLE)
     if member.problem:
         return member
     try:

@@ -115,7 +115,9 @@ def _digest(source: Source, stream: Stream, segment_bytes: int) -> str:
     files = [f"{path} {place.size()} {place.changed()}" for path, place in places.items()]
     listed = "" if source.listed is None else " ".join(sorted(source.listed))
     told = [source.archive.where, source.layout, source.media, stream.nested, segment_bytes, listed]
-    return hashlib.sha256("\n".join(map(str, [*told, *files])).encode()).hexdigest()
+    return hashlib.sha256(
+        "\n".join(map(str, [*told, *files])).encode("utf-8", "surrogateescape")
+    ).hexdigest()
 
 
 def _begin(to: Place, digest: str) -> State:
@@ -280,13 +282,15 @@ class _Segments:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._finish()
-        if self._file is not None:
-            with suppress(OSError):  # of a segment given up; why is told by what ends the block
-                self._file.close()
-        if self._scratch is not None:
-            self._scratch.cleanup()
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            if self._file is not None:
+                with suppress(OSError):  # of a segment given up; what ends the block tells why
+                    self._file.close()
+            if self._scratch is not None:
+                self._scratch.cleanup()
 
     @contextmanager
     def member(self, name: str, size: int) -> Iterator[Callable[[bytes], None]]:

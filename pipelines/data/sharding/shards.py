@@ -24,6 +24,7 @@ import ray
 import ray.data
 
 from cluster.session import cluster_cpus
+from pipelines.data.archives.names import printable
 from pipelines.data.manifest import Resized, read_manifest
 from pipelines.data.sharding.making import (
     Making,
@@ -345,6 +346,7 @@ def _told(task: Callable[[Any, Any], Any], job: Any, item: Any) -> tuple[str | N
     try:
         return json.dumps(task(job, item)), None
     except PipelineError as error:
-        return None, str(error)
+        return None, printable(str(error))
     except OSError as error:
-        return None, f"{error.filename or 'the archive'}: {error.strerror or error}"
+        told = f"{error.filename or 'the archive'}: {error.strerror or error}"
+        return None, printable(told)

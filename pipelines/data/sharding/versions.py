@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
+from pipelines.data.archives.names import printable
 from pipelines.data.archives.scan import MAX_DEPTH
 from pipelines.data.manifest import (
     INDEX,
@@ -233,7 +234,7 @@ def _record(
     side = part.name in HASH_SPLIT and not source.splits
     name = f"{part.name} of a split by hash at {settings.val_fraction}" if side else part.name
     return SourceRecord(
-        name=source.archive.name,
+        name=printable(source.archive.name),
         layout=source.layout,
         part=name,
         fingerprint=fingerprint(source, units, name),

@@ -1,4 +1,4 @@
-"""Archives whose bytes change between runs or during one: mended, damaged, or replaced."""
+"""Archives that are mended between runs, changed during one, or oddly named; all without Ray."""
 
 import json
 import os
@@ -126,3 +126,24 @@ class TestChanging:
         assert {sample["jpg"] for sample in samples(report)} == {
             path.read_bytes() for path in (tmp_path / "raw").rglob("*.JPEG")
         }
+
+
+class TestOddNames:
+    def test_an_archive_may_have_any_bytes_as_its_name(self, tmp_path: Path) -> None:
+        class_tars(tmp_path / "odd\udcff")
+        class_tars(tmp_path / "plain")
+        odd = make(tmp_path / "odd\udcff", tmp_path / "out")
+        plain = make(tmp_path / "plain", tmp_path / "out-plain")
+        assert odd.manifest.sources[0].name == "odd\\xff"
+        assert odd.manifest.shards == plain.manifest.shards
+
+    def test_a_class_tar_whose_name_is_no_utf8_is_told_to_be_renamed(self, tmp_path: Path) -> None:
+        class_tars(tmp_path / "raw").rename(tmp_path / "raw" / "n01443537\udcff.tar")
+        message = (
+            r"n01443537\\xff\.tar has a name that is not printable UTF-8; rename it; mend the a"
+        )
+        with pytest.raises(ArchiveError, match=message):
+            make(tmp_path / "raw", tmp_path / "out")
+        report = make(tmp_path / "raw", tmp_path / "out", max_bad_fraction=0.7)
+        assert report.samples == 12
+        assert [skipped.member for skipped in report.skipped] == ["n01443537\\xff.tar"]
