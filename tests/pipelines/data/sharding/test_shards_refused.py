@@ -97,7 +97,7 @@ def test_classes_that_only_a_scan_finds_are_refused_with_their_counts(
     files = {f"{name}/{n}.jpg": jpeg(n) for name in ("cat", "dog") for n in range(3)}
     write_tar(tmp_path / "raw.tar", files)
     raw = source(tmp_path / "raw.tar")
-    with pytest.raises(ArchiveError, match=r"has 1 classes .*lacks: dog(, | \(3 samples\);| ?;)"):
+    with pytest.raises(ArchiveError, match=r"has 1 classes .*lacks: dog \(3 samples\);"):
         write_shards(raw, place(tmp_path / "out"), classes=("cat",))
 
 
