@@ -1,14 +1,17 @@
 """What names tell: the kind of a file, the split a folder is named after, the key of a sample.
 
-A key is `<class>_<stem>`, or the stem alone if that begins with the class or if the release's own
-lists name the file. What readers of WebDataset shards cannot stand in a key (dots, slashes, bytes
-that are not UTF-8) becomes `_`; a key changed so ends in a hash of the name as it was, so that
-`a.b.jpg` and `a_b.jpg` stay two samples. `a.jpg` and `a.png` of one class share a key: the later
-one is a repeated key, which is told when shards are planned.
+A key is `<class>_<stem>`. It is the stem alone of a file that ImageNet has named after its class
+(`n01440764_18.JPEG`), or that the release's own lists name. What readers of WebDataset shards
+cannot stand in a key (dots, slashes, bytes that are not UTF-8) becomes `_`. A key ends in a hash of
+class and path where another class or path could give the same text: where something was changed so,
+or where a `_` in the class hides where the class ends. So `a.b.jpg` and `a_b.jpg`, and `1.jpg` of
+`dog_small` and `small_1.jpg` of `dog`, stay two samples each. `a.jpg` and `a.png` of one folder
+share a key: the later one is a repeated key, which is told when shards are written.
 """
 
 import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import Literal
 
@@ -32,6 +35,7 @@ SUFFIXES: dict[Literal["image", "video"], tuple[str, ...]] = {
 MAX_KEY_BYTES = 150
 SMALL_CLASSES = "small_classes"  # of ImageNet-21K-P: what its authors left out
 
+_WNID = re.compile(r"n\d+")
 _UNSAFE = re.compile(r"[./\\\x00-\x1f\x7f]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _SPLITS = {
@@ -55,6 +59,11 @@ def media_of(name: str) -> Literal["image", "video"] | None:
     return next((media for media, of in SUFFIXES.items() if path.suffix.lower() in of), None)
 
 
+def is_hidden(folders: Iterable[str]) -> bool:
+    """Whether one of the folders is one that people do not see, or that a Mac adds."""
+    return any(folder.startswith(".") or folder == "__MACOSX" for folder in folders)
+
+
 def is_tar(name: str) -> bool:
     """Whether a file is a plain tar by its name."""
     return name.lower().endswith(".tar")
@@ -67,20 +76,23 @@ def split_of(folder: str) -> str | None:
 
 
 def sample_key(class_name: str | None, name: str) -> str:
-    """The key of a sample; see the module docstring.
+    """The key of a sample, from these two alone; see the module docstring.
 
     Args:
         class_name: Its class; None: the name alone is unique.
         name: Its path below the class.
     """
     path = PurePosixPath(name)
-    whole = str(path.with_suffix("")) if path.name.strip(".") else name
-    if class_name and not path.name.startswith(f"{class_name}_"):
-        whole = f"{class_name}_{whole}"
+    stem = str(path.with_suffix("")) if path.name.strip(".") else name
+    wnid = class_name is not None and _WNID.fullmatch(class_name) is not None
+    is_named_after = wnid and path.name.startswith(f"{class_name}_")
+    whole = stem if class_name is None or is_named_after else f"{class_name}_{stem}"
     key = _UNSAFE.sub("_", printable(whole))
-    if key == whole and len(key.encode()) <= MAX_KEY_BYTES:
+    is_plain = is_named_after or not (wnid or "_" in (class_name or ""))
+    if key == whole and is_plain and len(key.encode()) <= MAX_KEY_BYTES:
         return key
-    digest = hashlib.sha256(whole.encode("utf-8", "surrogateescape")).hexdigest()[:10]
+    told = stem if class_name is None else f"{class_name}/{stem}"
+    digest = hashlib.sha256(told.encode("utf-8", "surrogateescape")).hexdigest()[:10]
     short = key.encode()[: MAX_KEY_BYTES - len(digest) - 1].decode("utf-8", "ignore")
     return f"{short}-{digest}"
 

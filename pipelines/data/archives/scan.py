@@ -10,7 +10,6 @@ import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import PurePosixPath
 
 import pyarrow as pa
@@ -18,6 +17,7 @@ import pyarrow as pa
 from pipelines.data.archives.names import (
     SMALL_CLASSES,
     SUFFIXES,
+    is_hidden,
     printable,
     sample_key,
     split_of,
@@ -59,8 +59,7 @@ def _scan_tar(source: Source, unit: Unit) -> Iterator[Member]:
     position = unit.start
     try:
         with place.open() as file:
-            size = unit.size or file.size() - unit.start
-            window = Window(file, unit.start, size)
+            window = Window(file, unit.start, unit.size)
             for found in walk(window, unit.start):
                 if isinstance(found, Damage):
                     is_open = found.open_ended and unit.class_name is None
@@ -164,58 +163,72 @@ def classify(source: Source, unit: Unit, name: str, size: int) -> Fate:
         size: Its bytes.
     """
     path = PurePosixPath(name)
-    class_name, split, problem = _class_and_split(source, unit, path)
-    listed = unit.class_name is None and source.listed is not None
-    key = sample_key(None if listed else class_name, _inside(source, unit, path))
-    problem = _name_problem(source.media, path, size) or problem
+    class_name, split, inside, problem = _class_and_split(source, unit, path)
+    named = unit.class_name is None and (source.listed is not None or source.layout == "named")
+    key = sample_key(None if named else class_name, inside)
+    problem = name_problem(source.media, name, size) or problem
     return Fate(key=key, class_name=class_name, split=split, problem=problem)
 
 
 def _class_and_split(
     source: Source, unit: Unit, path: PurePosixPath
-) -> tuple[str | None, str | None, str | None]:
-    folders = [printable(part) for part in path.parts[:-1] if part != "/"]
+) -> tuple[str | None, str | None, str, str | None]:
+    """Class, split, path below the class for the key, and why there is no class."""
+    parts = tuple(part for part in path.parts if part != "/")
     if unit.class_name is not None:
-        return unit.class_name, unit.split, None
+        return unit.class_name, unit.split, _below_class(unit, unit.class_name, parts), None
     if source.listed is not None:
         row = source.listed.get(path.stem)
         if row is None:
-            return None, unit.split, UNLISTED
-        return row.class_name, row.split or unit.split, None
+            return None, unit.split, path.name, UNLISTED
+        return row.class_name, row.split or unit.split, path.name, None
     if source.layout == "named":
         class_name, underscore, _ = printable(path.name).partition("_")
         problem = None if underscore else "has no class before a '_' in its name"
-        return class_name if underscore else None, unit.split, problem
-    if not folders:
+        return class_name if underscore else None, unit.split, "/".join(parts), problem
+    at, split, problem = _class_folder(source, unit, parts[:-1])
+    if at is None:
+        return None, split, "/".join(parts), problem
+    class_name, below = printable(parts[at]), parts[at + 1 :]
+    if source.layout in CLASS_TARS:
+        return class_name, split, _below_class(unit, class_name, below), None
+    return class_name, split, "/".join(below), None
+
+
+def _below_class(unit: Unit, class_name: str, parts: tuple[str, ...]) -> str:
+    """The path below a class; some class tars hold a folder of the class's name."""
+    twice = unit.kind == "tar" and len(parts) > 1 and parts[0] == class_name
+    return "/".join(parts[1:] if twice else parts)
+
+
+def _class_folder(
+    source: Source, unit: Unit, folders: tuple[str, ...]
+) -> tuple[int | None, str | None, str | None]:
+    """Which of the folders above a file is its class, in which split; or why none is."""
+    if source.layout not in CLASS_TARS and unit.split is None and source.splits:
+        return _below_split(source, folders)
+    # Of spooled class tars the first folder is the inner tar.
+    at = 0 if source.layout in CLASS_TARS else unit.above
+    if len(folders) <= at or is_hidden(folders[: at + 1]):
         return None, unit.split, "lies in no class folder"
-    if source.layout in CLASS_TARS:  # of spooled class tars the first folder is the inner tar
-        return folders[0], unit.split, None
-    if unit.split is not None or not source.splits:
-        return folders[-1], unit.split, None
-    return _below_split(source, folders)
+    return at, unit.split, None
 
 
-def _below_split(source: Source, folders: list[str]) -> tuple[str | None, str | None, str | None]:
-    """Split and class where folders of classes lie in folders of splits."""
-    found = ((split_of(folder), below) for folder, below in pairwise(folders))
-    split, class_name = next((each for each in found if each[0] is not None), (None, None))
-    if split in source.splits or (split == SMALL_CLASSES and source.layout == "imagenet21k-p"):
-        return class_name, split, None
+def _below_split(
+    source: Source, folders: tuple[str, ...]
+) -> tuple[int | None, str | None, str | None]:
+    """The same where folders of classes lie in folders of splits."""
+    splits = (split_of(printable(folder)) for folder in folders[:-1])
+    at, split = next(((at, split) for at, split in enumerate(splits, 1) if split), (None, None))
+    small = split == SMALL_CLASSES and source.layout == "imagenet21k-p"
+    if (split in source.splits or small) and not is_hidden(folders[: (at or 0) + 1]):
+        return at, split, None
     return None, None, f"lies in no class folder of {' or '.join(source.splits)}"
 
 
-def _inside(source: Source, unit: Unit, path: PurePosixPath) -> str:
-    """The path below the class, for the key; some tars and folders have the class twice."""
-    parts = [part for part in path.parts if part != "/"]
-    class_name = unit.class_name
-    if class_name is None and source.listed is None and source.layout in CLASS_TARS:
-        class_name, parts = parts[0], parts[1:] or parts
-    if class_name is None:
-        return path.name
-    return "/".join(parts[1:] if len(parts) > 1 and parts[0] == class_name else parts)
-
-
-def _name_problem(media: Media, path: PurePosixPath, size: int) -> str | None:
+def name_problem(media: Media, name: str, size: int) -> str | None:
+    """What is wrong with a file by its name or size alone."""
+    path = PurePosixPath(name)
     if path.name.startswith("."):
         return "is a hidden file"
     if path.suffix.lower() not in SUFFIXES[media]:

@@ -26,7 +26,7 @@ from pydantic import ConfigDict
 
 from pipelines.data.archives.inflate import Inflated
 from pipelines.data.archives.names import is_tar, printable
-from pipelines.data.archives.scan import classify
+from pipelines.data.archives.scan import UNLISTED, name_problem
 from pipelines.data.archives.tars import (
     BLOCK,
     DIRECTORY,
@@ -40,6 +40,7 @@ from pipelines.data.archives.tars import (
     walk,
 )
 from pipelines.data.sources.base import Source, Stream, Unit
+from pipelines.data.sources.peek import folders_above, sample_folders, splits_of
 from pipelines.errors import ArchiveError
 from pipelines.files import as_json, parse_json
 from pipelines.storage import Place, plain_errors
@@ -60,12 +61,16 @@ class State:
         stream: A hash of the names and sizes of the compressed files, of when they were changed
             last, and of how they are read.
         sizes: Bytes of every segment, once all are written; None: they are not.
+        splits: Those that were found in a tree of class folders.
+        above: How many folders of such a tree are above those of the classes.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     stream: str
     sizes: tuple[int, ...] | None
+    splits: tuple[str, ...] = ()
+    above: int = 0
 
 
 def spool(
@@ -100,10 +105,20 @@ def spool(
         _check_room(source, stream, to, sum(kept))
         to_disk = _Segments(to, kept, segment_bytes)
         with to_disk, Inflated([source.archive / path for path in stream.paths]) as inflated:
-            _copy(source, stream, inflated, to_disk, progress or _silent)
-        state = replace(state, sizes=tuple(to_disk.sizes))
+            found = _copy(source, stream, inflated, to_disk, progress or _silent)
+        (above,) = folders_above([found], [""])
+        sizes, splits = tuple(to_disk.sizes), splits_of(found)
+        state = replace(state, sizes=sizes, splits=splits, above=above)
         (to / STATE).write_bytes(as_json(state))
-    return replace(source, archive=to.absolute(), units=_units(source, state), stream=None)
+    there = tuple(split for split in source.splits if split in state.splits)
+    return replace(
+        source,
+        archive=to.absolute(),
+        units=_units(source, state),
+        splits=there if _is_tree(source, stream) and there else source.splits,
+        stream=None,
+        packed=source.archive,
+    )
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -178,9 +193,20 @@ def _check_room(source: Source, stream: Stream, to: Place, kept: int) -> None:
 
 def _units(source: Source, state: State) -> tuple[Unit, ...]:
     return tuple(
-        Unit(kind="tar", path=_segment_name(number), name=_archive_name(source), size=size)
+        Unit(
+            kind="tar",
+            path=_segment_name(number),
+            name=_archive_name(source),
+            size=size,
+            above=state.above,
+        )
         for number, size in enumerate(state.sizes or ())
     )
+
+
+def _is_tree(source: Source, stream: Stream) -> bool:
+    """Whether its folders tell splits and classes, and not lists or inner tars."""
+    return source.listed is None and not stream.nested
 
 
 def _archive_name(source: Source) -> str:
@@ -190,13 +216,17 @@ def _archive_name(source: Source) -> str:
 
 def _copy(
     source: Source, stream: Stream, inflated: Inflated, out: "_Segments", progress: Progress
-) -> None:
+) -> set[tuple[str, ...]]:
+    """Write all members; the folders of a tree in which samples lie."""
+    folders: set[tuple[str, ...]] = set()
     for found in walk(inflated, 0):
         entry = found.entry if isinstance(found, Damage) else found
         if stream.nested and entry is not None:  # one that is cut off has members too
             _copy_inner(source, inflated, entry, out, lambda: _tell(progress, inflated, stream))
         elif isinstance(found, TarEntry):
             _copy_member(source, inflated, found, found.name, out)
+            if _is_tree(source, stream) and (above := sample_folders(found.name)):
+                folders.add(above)
         if isinstance(found, Damage) and inflated.problem is None:  # else it is told below
             lost = None if found.open_ended else found.lost
             out.note(_archive_name(source), found.problem, lost)
@@ -204,6 +234,7 @@ def _copy(
     if inflated.problem is not None:
         problem = f"{inflated.problem}; what followed is lost"
         out.note(_archive_name(source), problem, inflated.lost)
+    return folders
 
 
 def _tell(progress: Progress, inflated: Inflated, stream: Stream) -> None:
@@ -250,8 +281,9 @@ def _copy_member(source: Source, data: Bytes, entry: TarEntry, name: str, out: "
     """One member with its bytes, or a note of why it is no sample."""
     if entry.problem == DIRECTORY:
         return
-    unit = Unit(kind="tar", path="", name=_archive_name(source))
-    problem = entry.problem or classify(source, unit, name, entry.size).problem
+    problem = entry.problem or name_problem(source.media, name, entry.size)
+    if source.listed is not None and PurePosixPath(name).stem not in source.listed:
+        problem = problem or UNLISTED
     if problem is not None:
         out.note(name, problem, 0)
         return

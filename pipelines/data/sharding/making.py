@@ -21,8 +21,9 @@ from pipelines.data.sharding.finish import (
     left_out,
     skipped_samples,
 )
-from pipelines.data.sharding.pack import UNFINISHED, Packed, PackJob, write_shard
+from pipelines.data.sharding.pack import REPEATED, UNFINISHED, Packed, PackJob, write_shard
 from pipelines.data.sharding.plan import (
+    ALL,
     BINS,
     PartCount,
     ShardJob,
@@ -30,6 +31,7 @@ from pipelines.data.sharding.plan import (
     check_classes,
     check_labels,
     check_quality,
+    check_repeats,
     check_splits,
     cut,
     grouped,
@@ -44,7 +46,7 @@ from pipelines.data.sharding.scanned import (
     scan_file,
     scan_unit,
 )
-from pipelines.data.sharding.versions import Settings, Version, unit_states
+from pipelines.data.sharding.versions import Settings, Version, check_part, unit_states
 from pipelines.data.sources.base import Source
 from pipelines.errors import UsageError
 from pipelines.storage import Place
@@ -158,6 +160,11 @@ class Making:
             for folder in left_over(out, versions):
                 clear(folder)
             return tuple(_nothing(version) for version in versions)
+        if source.stream:
+            source = spool(source, out / UNFINISHED / "spool", progress=self._progress)
+            if len(versions) == 1:
+                check_part(source, versions[0].part.name, self._settings)
+            versions = tuple(version for version in versions if _is_there(source, version))
         job = self._job(source, out, versions)
         found = self._scan(job)
         job = self._checked(job, found, versions)
@@ -167,9 +174,9 @@ class Making:
         for version, ranges in zip(versions, shards, strict=True):
             if not version.done:
                 clear_all_but(version, ranges)
-        packed = iter(
-            self._write(job, found, versions, [shard for each in shards for shard in each])
-        )
+        written = self._write(job, found, versions, [shard for each in shards for shard in each])
+        self._check_repeats(job, found, shards, sum(each.repeated for each in written))
+        packed = iter(written)
         reports = tuple(
             _report(job, version, ranges, [next(packed) for _ in ranges], part, found.bad_units)
             for part, (version, ranges) in enumerate(zip(versions, shards, strict=True))
@@ -179,10 +186,8 @@ class Making:
         return reports
 
     def _job(self, source: Source, out: Place, versions: tuple[Version, ...]) -> ShardJob:
-        """What there is to scan: a compressed archive is spooled, known units are left out."""
+        """What there is to scan: known units are left out."""
         settings, unfinished = self._settings, out / UNFINISHED
-        if source.stream:
-            source = spool(source, unfinished / "spool", progress=self._progress)
         states = unit_states(source)
         if source.listed is None:
             known = set.intersection(*(_known_units(version) for version in versions))
@@ -273,6 +278,23 @@ class Making:
             self._tell("write", done, len(shards))
         return packed
 
+    def _check_repeats(
+        self, job: ShardJob, found: "_Found", shards: list[list[ShardRange]], repeated: int
+    ) -> None:
+        """Refuse a loss that shows only where all samples of a range of hashes come together."""
+        told = sorted(
+            (repeat.unit, repeat.seq, repeat.name)
+            for part, ranges in zip(job.parts, shards, strict=True)
+            for repeat in (left_out(part.out, ranges)[0] if repeated else ())
+            if repeat.reason == REPEATED
+        )
+        check_repeats(
+            job.source,
+            found.total,
+            [name for _, _, name in told],
+            max_bad_fraction=self._max_bad_fraction,
+        )
+
     def _files(self, job: ShardJob, found: "_Found", shards: int) -> tuple[Scanned, ...]:
         """Where the samples lie: in the units' own files, or in few where shards open too many."""
         units = [unit for unit, samples in enumerate(found.samples) if samples]
@@ -337,6 +359,12 @@ class _Found:
         for count in self.counts:
             total.add(count)
         return total
+
+
+def _is_there(source: Source, version: Version) -> bool:
+    """Whether a part of a compressed archive, now that it was read, has samples, or a dataset."""
+    names = (ALL, *source.splits) if source.splits else (version.part.name,)
+    return version.part.name in names or version.base is not None
 
 
 def _known_units(version: Version) -> set[str]:

@@ -102,10 +102,11 @@ class _Sample(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Packed:
-    """What became of a shard: whether it was there before, and its samples."""
+    """What became of a shard: whether it was there before, its samples, and repeated keys."""
 
     kept: bool
     samples: int
+    repeated: int = 0
 
 
 def write_shard(pack: PackJob, shard: ShardRange) -> Packed:
@@ -118,9 +119,10 @@ def write_shard(pack: PackJob, shard: ShardRange) -> Packed:
     """
     samples, repeats, known = _samples(pack, shard)
     digest = _digest(pack, shard, samples, repeats, known)
+    repeated = sum(repeat.reason == REPEATED for repeat in repeats)
     out = pack.job.parts[shard.part].out
     if _is_whole(out, shard.name, digest):
-        return Packed(kept=True, samples=len(samples))
+        return Packed(kept=True, samples=len(samples), repeated=repeated)
     record, index = None, INDEX_SCHEMA.empty_table()
     if samples:
         record, index = _write_tar(pack, shard, samples)
@@ -128,7 +130,7 @@ def write_shard(pack: PackJob, shard: ShardRange) -> Packed:
         (out / shard.name).remove()
     side = SideFile(digest=digest, record=record, repeats=repeats, known=known)
     _write_side_file(out, shard, side, index)
-    return Packed(kept=False, samples=len(samples))
+    return Packed(kept=False, samples=len(samples), repeated=repeated)
 
 
 def _samples(pack: PackJob, shard: ShardRange) -> tuple[list[_Sample], tuple[Repeat, ...], int]:

@@ -153,7 +153,7 @@ def unit_digest(unit: Unit, content: str = "") -> str:
         content: What else is known about it: a hash of both its ends, or of its list of files.
     """
     told = (unit.kind, unit.path, unit.name, unit.size, unit.start, unit.class_name, unit.split)
-    return short_digest([*told, content])
+    return short_digest([*told, unit.above, content])
 
 
 def scan_digest(source: Source, *, seed: int, parts: Sequence[str], val_fraction: float) -> str:
@@ -232,7 +232,7 @@ def check_quality(
     Raises:
         ArchiveError: Says how many, the limit, and the first with their reasons.
     """
-    what = f"archive {source.archive}"
+    what = f"archive {source.told}"
     samples = f"{source.media}s"
     if not count.samples and not count.problems:
         raise ArchiveError(f"{what} holds no {samples}: its {len(source.units)} pieces are empty")
@@ -257,6 +257,32 @@ def check_quality(
         )
 
 
+def check_repeats(
+    source: Source, count: PartCount, repeated: Sequence[str], *, max_bad_fraction: float
+) -> None:
+    """Refuse an archive too many of whose members are left out, those with repeated keys included.
+
+    Args:
+        source: The archive.
+        count: What a scan of it found, all parts together.
+        repeated: Names of the members whose key an earlier member has, in the archive's order.
+        max_bad_fraction: Share that may be left out.
+
+    Raises:
+        ArchiveError: Says how many, the limit, and the first names.
+    """
+    files = count.samples + count.bad
+    share = (len(repeated) + count.bad) / files if repeated else 0.0
+    if share > max_bad_fraction:
+        also = f", and {count.bad} cannot be used" if count.bad else ""
+        raise ArchiveError(
+            f"{len(repeated)} of the {files} files in archive {source.told} have the key of an "
+            f"earlier member (class, folders and name, without suffix){also} ({share:.2%} are left "
+            f"out, the limit is {max_bad_fraction:.2%}): {', '.join(repeated[:3])}; rename them or "
+            "take them out, or raise --max-bad-fraction (the shards are kept for the next run)"
+        )
+
+
 def check_labels(source: Source, part: str, count: PartCount, base: Manifest | None = None) -> None:
     """Refuse a part of which some samples have a class and others have none.
 
@@ -273,13 +299,13 @@ def check_labels(source: Source, part: str, count: PartCount, base: Manifest | N
         sides = ("have classes", "have none")
         has, lacks = sides if base.labelled else sides[::-1]
         raise ArchiveError(
-            f"archive {source.archive}: samples of part {part!r} {lacks}, and those of the dataset "
+            f"archive {source.told}: samples of part {part!r} {lacks}, and those of the dataset "
             f"{has}; make a dataset of its own"
         )
     if count.unlabelled and count.unlabelled < count.samples:
         splits = ", ".join(source.splits) or "none"
         raise ArchiveError(
-            f"archive {source.archive}: {count.unlabelled} of the {count.samples} samples of part "
+            f"archive {source.told}: {count.unlabelled} of the {count.samples} samples of part "
             f"{part!r} have no class; shard its splits ({splits}) apart"
         )
 
@@ -309,7 +335,7 @@ def check_splits(
         others = sorted(set(count.classes) - known)
         if others:
             raise ArchiveError(
-                f"archive {source.archive}: {part} has {len(others)} classes that train lacks, "
+                f"archive {source.told}: {part} has {len(others)} classes that train lacks, "
                 f"such as {others[0]!r}; sort its files into the folders of their classes, or name "
                 "all classes with --classes"
             )
@@ -336,7 +362,7 @@ def check_classes(
         for name in unknown[:5]
     ]
     raise ArchiveError(
-        f"archive {source.archive} has {len(unknown)} classes that the list of "
+        f"archive {source.told} has {len(unknown)} classes that the list of "
         f"{len(classes or ())} classes lacks: {', '.join(named)}"
         f"{', ...' if len(unknown) > 5 else ''}; take them out, add them to the list, or make "
         "a dataset of its own"

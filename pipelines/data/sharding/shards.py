@@ -25,7 +25,7 @@ import ray.data
 
 from cluster.session import cluster_cpus
 from pipelines.data.archives.names import printable
-from pipelines.data.manifest import Resized, read_manifest
+from pipelines.data.manifest import MANIFEST, Resized, read_manifest
 from pipelines.data.sharding.making import (
     Making,
     Progress,
@@ -43,6 +43,7 @@ from pipelines.data.sharding.versions import (
     new_version,
     next_version,
     unit_digests,
+    without_empty,
 )
 from pipelines.data.sources.base import Source
 from pipelines.errors import DatasetError, PipelineError
@@ -205,7 +206,10 @@ def _add(
     max_bad_fraction: float,
     progress: Progress | None,
 ) -> tuple[ShardingReport, ...]:
-    bases = [read_manifest(part.out) for part in parts]
+    there = [part for part in parts if (part.out / MANIFEST).is_file()]
+    if not (source.stream and there):  # which parts a compressed archive has is not known yet
+        there = list(parts)
+    bases = [read_manifest(part.out) for part in there]
     first = bases[0]
     if any((base.classes, base.seed) != (first.classes, first.seed) for base in bases):
         raise DatasetError(
@@ -218,7 +222,14 @@ def _add(
         classes=first.classes,
         resized=first.resized,
     )
-    return _make(source, out, parts, settings, max_bad_fraction, progress, next_version)
+
+    def version_of(
+        source: Source, units: tuple[str, ...], part: Part, settings: Settings
+    ) -> Version:
+        version = next_version if part in there else new_version
+        return version(source, units, part, settings)
+
+    return _make(source, out, parts, settings, max_bad_fraction, progress, version_of)
 
 
 def _make(
@@ -250,12 +261,13 @@ def _alone(
     making: Making, source: Source, out: Place, planned: Callable[[], tuple[Version, ...]]
 ) -> tuple[ShardingReport, ...]:
     """Make what is planned; another run into any of the same folders would mix its shards in."""
-    versions = planned()
+    versions = without_empty(source, out, planned())
     with ExitStack() as held:
         if not all(version.done for version in versions) or left_over(out, versions):
             for folder in folders_of(out, versions):
                 held.enter_context(_held(folder))
-            versions = planned()  # another run may have ended in between
+            # Another run may have ended in between.
+            versions = without_empty(source, out, planned())
         return making.make(source, out, versions)
 
 

@@ -175,19 +175,19 @@ def check_part(source: Source, part: str, settings: Settings) -> None:
     """
     if settings.resized and source.media != "image":
         raise UsageError(
-            f"archive {source.archive} holds {source.media}s, and only images can be resized; "
+            f"archive {source.told} holds {source.media}s, and only images can be resized; "
             "leave out --resize"
         )
     val_fraction = settings.val_fraction
     if val_fraction and source.splits:
         raise UsageError(
-            f"archive {source.archive} has splits of its own ({', '.join(source.splits)}); leave "
+            f"archive {source.told} has splits of its own ({', '.join(source.splits)}); leave "
             f"out the validation fraction of {val_fraction}"
         )
     parts = source.splits or (HASH_SPLIT if val_fraction else ())
     if part != ALL and part not in parts:
         raise UsageError(
-            f"archive {source.archive} has no part {part!r}; choose {' or '.join((ALL, *parts))}"
+            f"archive {source.told} has no part {part!r}; choose {' or '.join((ALL, *parts))}"
             f"{'' if parts else ', or give a validation fraction'}"
         )
 
@@ -226,6 +226,22 @@ def next_version(source: Source, units: tuple[str, ...], part: Part, settings: S
     _check_present(part.out, base)
     done = any(old.fingerprint == record.fingerprint for old in base.sources)
     return Version(part=part, base=base, record=record, done=done)
+
+
+def without_empty(source: Source, out: Place, versions: tuple[Version, ...]) -> tuple[Version, ...]:
+    """Versions without those of parts that a compressed archive turned out not to have.
+
+    Which parts it has is known once it was read. A call that has ended made no folder of the
+    others; one that was interrupted has left what is unfinished.
+    """
+    ended = any(version.done for version in versions) and not (out / UNFINISHED).is_folder()
+    if not source.stream or not ended:
+        return versions
+    return tuple(
+        version
+        for version in versions
+        if version.base or (version.part.out / UNFINISHED).is_folder()
+    )
 
 
 def _record(

@@ -24,8 +24,9 @@ class Unit:
         size: Bytes of the tar; 0 for a folder, whose files are not looked at yet.
         start: Byte in the file where the tar begins; above 0 only for one inside an outer tar.
         name: What messages call it, such as `n01440764.tar`.
-        class_name: Class of all its members; None: the folder they lie in, or `Source.listed`.
+        class_name: Class of all its members; None: a folder they lie in, or `Source.listed`.
         split: The release's own split that its members belong to; None: none, or `listed` says.
+        above: Of a tar of class folders: how many folders are above those of the classes.
     """
 
     kind: Literal["tar", "folder"]
@@ -35,6 +36,7 @@ class Unit:
     start: int = 0
     class_name: str | None = None
     split: str | None = None
+    above: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +79,9 @@ class Source:
         names: What people call a class, where the release tells.
         listed: For releases whose lists give classes: file stem -> what the list says. A file that
             is not listed is skipped and named; so is a row without a file.
-        stream: Set if the archive is compressed: `spool` makes units of it first.
+        stream: Set if the archive is compressed: `spool` makes units of it first. Which of `splits`
+            a tree of class folders has is known then.
+        packed: The compressed archive that this one was spooled from; None: it was not.
     """
 
     layout: str
@@ -89,6 +93,12 @@ class Source:
     names: Mapping[str, str] = field(default_factory=dict)
     listed: Mapping[str, Listed] | None = None
     stream: Stream | None = None
+    packed: Place | None = None
+
+    @property
+    def told(self) -> Place:
+        """The archive as messages name it: the one the user gave."""
+        return self.packed or self.archive
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,25 +1,30 @@
 """Class-folder trees of images or videos: `<class>/<file>`, perhaps below `train`, `val`, `test`.
 
 As folders, as tars of them, perhaps one per split, or as one `.tar.gz`. A folder's class is its
-name; in a tar, a file's class is the folder it lies in. What lies beside them is no sample.
-Listings are as few as there are splits, and those of a few classes, whatever the archive's size.
+name, whatever folders it holds; in tars, the first folders that differ are the classes, which takes
+a walk over the headers. What lies beside them is no sample. Listings are as few as there are
+splits, and those of a few classes, whatever the archive's size.
 
 The folders at the top are splits if all of them are named as splits are, or if `train` is among
 them. A class of `val` or `test` that `train` lacks would be a wrong label (Tiny-ImageNet's `val`
 holds all its images in one folder `images`): it is refused, as is a split without class folders.
 """
 
+from dataclasses import replace
 from itertools import islice
+from pathlib import PurePosixPath
 
 from pipelines.data.archives.names import is_tar, media_of, printable, split_of
 from pipelines.data.sources.base import Media, Source, Stream, Unit
 from pipelines.data.sources.peek import (
     class_words,
+    folders_above,
+    folders_in,
     in_order,
     is_compressed,
     look_into,
     split_above,
-    splits_in,
+    splits_of,
     visible,
 )
 from pipelines.errors import ArchiveError
@@ -168,11 +173,24 @@ def _tars(archive: Place, files: list[Entry]) -> Source | None:
         for entry, split in zip(tars, splits, strict=True)
     ]
     order = in_order({split for split in splits if split is not None})
-    if not order:
-        order = splits_in(archive / tars[0].name) if split_above(looks[0].name) else ()
-    else:
-        units.sort(key=lambda unit: order.index(unit.split or ""))
-    return _of_tars(archive, tuple(units), looks[0].media, order)
+    inside = not order and any(split_above(look.name) for look in looks)
+    settled, within = _settled(archive, tuple(units), inside=inside)
+    if order:
+        settled = tuple(sorted(settled, key=lambda unit: order.index(unit.split or "")))
+    return _of_tars(archive, settled, looks[0].media, order or within)
+
+
+def _settled(
+    archive: Place, units: tuple[Unit, ...], *, inside: bool
+) -> tuple[tuple[Unit, ...], tuple[str, ...]]:
+    """Tars of class folders with where the classes are, and the splits within, if looked for."""
+    places = [archive / unit.path for unit in units]
+    found = [folders_in(place, to_the_end=inside) for place in places]
+    if inside:
+        return units, splits_of(set().union(*found))
+    above = folders_above(found, [PurePosixPath(place.name).stem for place in places])
+    in_turn = zip(units, above, strict=True)
+    return tuple(replace(unit, above=levels) for unit, levels in in_turn), ()
 
 
 def _packed(archive: Place) -> Source | None:
@@ -184,16 +202,16 @@ def _packed(archive: Place) -> Source | None:
     if look.kind != "tree":
         return None
     unit = Unit(kind="tar", path="", name=printable(archive.name), size=archive.size())
-    splits = splits_in(archive) if split_above(look.name) else ()
-    return _of_tars(archive, (unit,), look.media, splits)
+    units, splits = _settled(archive, (unit,), inside=split_above(look.name) is not None)
+    return _of_tars(archive, units, look.media, splits)
 
 
 def _stream(archive: Place, path: str, size: int) -> Source | None:
-    """A compressed tree; which splits it has is known after the first only: both are expected."""
+    """A compressed tree; which splits it has is known once it was read: all are expected."""
     look = look_into(archive / path)
     if look.kind != "tree":
         return None
-    splits = ("train", "val") if split_above(look.name) else ()
+    splits = ("train", "val", "test") if split_above(look.name) else ()
     stream = Stream(paths=(path,), size=size, nested=False)
     return _of_tars(archive, (), look.media, splits, stream)
 

@@ -29,18 +29,20 @@ from pipelines.data.archives.names import (
 )
 from pipelines.data.sources.base import Listed, Source, Stream, Unit
 from pipelines.data.sources.peek import (
+    WNID,
     class_words,
+    folders_in,
     in_order,
     inner_tars,
     is_compressed,
     look_into,
+    splits_of,
     text_of,
     visible,
 )
 from pipelines.errors import ArchiveError
 from pipelines.storage import Entry, Place
 
-WNID = re.compile(r"n\d{8}")
 MANY_CLASSES = 5000  # no other class tree with wnids is as large
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.jpe?g", re.IGNORECASE)
@@ -235,10 +237,16 @@ def _packed_21k_p(archive: Place) -> Source | None:
         archive=archive.absolute(),
         media="image",
         units=() if packed else (unit,),
-        splits=("train", "val"),
+        splits=("train", "val") if packed else _splits_21k_p(archive),
         names=class_words(archive.absolute().parent),
         stream=Stream(paths=("",), size=size, nested=False) if packed else None,
     )
+
+
+def _splits_21k_p(archive: Place) -> tuple[str, ...]:
+    """Those of `train` and `val` that are there; the tar of small classes alone is its own."""
+    there = splits_of(folders_in(archive, to_the_end=True))
+    return tuple(split for split in there if split in ("train", "val")) or there
 
 
 def recognise_1k(archive: Place) -> Source | None:

@@ -1,13 +1,20 @@
 """A first look into tars and folders, for the recognisers: names alone, and only a few of them."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import PurePosixPath
 from typing import Literal
 
 from pipelines.data.archives.inflate import Inflated
-from pipelines.data.archives.names import is_tar, media_of, printable, split_of
+from pipelines.data.archives.names import (
+    is_hidden,
+    is_tar,
+    media_of,
+    printable,
+    split_of,
+)
 from pipelines.data.archives.tars import BLOCK, Damage, TarEntry, Window, walk
 from pipelines.data.sources.base import Media, Unit
 from pipelines.errors import ArchiveError
@@ -15,6 +22,7 @@ from pipelines.storage import Entry, Place, plain_errors
 
 COMPRESSED = (".tar.gz", ".tgz")
 FEW = 256
+WNID = re.compile(r"n\d{8}")
 WORDS_FILES = {"words.txt": "\t", "LOC_synset_mapping.txt": " "}
 
 
@@ -58,7 +66,7 @@ def look_into(place: Place) -> Look:
     for name in names:
         if is_tar(name):
             return Look(kind="nested", name=name, names=names)
-        if media := media_of(name):
+        if (media := media_of(name)) and not is_hidden(_parts(name)[:-1]):
             kind: Literal["tree", "flat"] = "tree" if len(_parts(name)) > 1 else "flat"
             return Look(kind=kind, media=media, name=name, names=names)
     return Look(kind="other", name=names[0] if names else "", names=names)
@@ -91,14 +99,77 @@ def split_above(name: str) -> str | None:
     return next((split for part in _parts(name)[:-2] if (split := split_of(part))), None)
 
 
-def splits_in(place: Place) -> tuple[str, ...]:
-    """The splits in which the members of a plain tar lie: reads all headers, and keeps none."""
-    found = set()
+def folders_in(place: Place, *, to_the_end: bool) -> set[tuple[str, ...]]:
+    """The folders in which samples of a plain tar lie, by its headers.
+
+    Args:
+        place: The tar.
+        to_the_end: Read all headers; else only until two folders at the top were seen, above which
+            there is none.
+    """
+    found: set[tuple[str, ...]] = set()
+    first = ""
     with plain_errors(place), place.open() as file:
         for step in walk(Window(file, 0, file.size(), ahead=BLOCK), 0):
-            if isinstance(step, TarEntry) and (split := split_above(step.name)):
-                found.add(split)
-    return in_order(found)
+            folders = sample_folders(step.name) if isinstance(step, TarEntry) else ()
+            found |= {folders} if folders else set()
+            first = first or "".join(folders[:1])
+            if folders and folders[0] != first and not to_the_end:
+                break
+    return found
+
+
+def sample_folders(name: str) -> tuple[str, ...]:
+    """The folders above a sample in a tar; none for what is no sample by its name, or is hidden."""
+    folders = _parts(name)[:-1]
+    return folders if media_of(name) and not is_hidden(folders) else ()
+
+
+def splits_of(found: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    """The splits that folders of samples tell, above those of the classes."""
+    told = (next(filter(None, map(split_of, folders[:-1])), None) for folders in found)
+    return in_order({split for split in told if split is not None})
+
+
+def folders_above(found: Sequence[set[tuple[str, ...]]], names: Sequence[str]) -> tuple[int, ...]:
+    """How many folders of each tar of an archive are above those of the classes.
+
+    The folders of the classes are the first that differ: any below them belong to their class. A
+    folder that is named as its own tar, or after the same split, is above them, if the tar holds
+    nothing beside it and the name is no wnid. Where no two differ there is one class: the first
+    folder that holds samples.
+
+    Args:
+        found: The folders in which the samples of each tar lie.
+        names: Names of the tars without suffix.
+    """
+    wrapped = [_is_wrapped(folders, name) for folders, name in zip(found, names, strict=True)]
+    bare = {each[is_in:] for of, is_in in zip(found, wrapped, strict=True) for each in of}
+    together = set().union(*found)
+    if (level := _first_that_differ(bare)) is not None:
+        return tuple(level + is_in for is_in in wrapped)
+    if (level := _first_that_differ(together)) is not None:
+        return (level,) * len(found)
+    return (min(map(len, together), default=1) - 1,) * len(found)
+
+
+def _is_wrapped(found: set[tuple[str, ...]], name: str) -> bool:
+    """Whether all samples of a tar lie in class folders in one that is named as it is."""
+    tops = {folders[0] for folders in found}
+    if len(tops) != 1 or any(len(folders) < 2 for folders in found):
+        return False
+    (top,) = tops
+    if WNID.fullmatch(top):
+        return False
+    return top == name or (split_of(top) is not None and split_of(top) == split_of(name))
+
+
+def _first_that_differ(found: set[tuple[str, ...]]) -> int | None:
+    """The first level at which there are several folders; None: at no level."""
+    for level in range(max(map(len, found), default=0)):
+        if len({folders[level] for folders in found if len(folders) > level}) > 1:
+            return level
+    return None
 
 
 def in_order(splits: set[str]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from pipelines.data.sharding.plan import (
     check_classes,
     check_labels,
     check_quality,
+    check_repeats,
     check_splits,
     cut,
     grouped,
@@ -125,9 +126,10 @@ def test_a_unit_is_told_apart_by_each_of_its_properties() -> None:
         replace(unit, start=512),
         replace(unit, split="val"),
         replace(unit, class_name="n02"),
+        replace(unit, above=1),
     ]
     digests = {unit_digest(each) for each in (unit, *others)} | {unit_digest(unit, "content")}
-    assert len(digests) == 7
+    assert len(digests) == 8
     assert unit_digest(unit) == unit_digest(replace(unit))
 
 
@@ -179,6 +181,25 @@ def test_a_loss_that_nobody_can_tell_is_taken_only_where_any_is() -> None:
     with pytest.raises(ArchiveError, match=message):
         check(count, 0.9)
     check(count, 1.0)
+
+
+def test_repeated_keys_are_held_against_the_limit_with_bad_members() -> None:
+    count = PartCount(samples=99, bytes=990, problems=1)
+    check_repeats(SOURCE, count, [], max_bad_fraction=0.0)
+    check_repeats(SOURCE, count, ["n01.tar/1.jpg"], max_bad_fraction=0.02)
+    message = (
+        r"^4 of the 100 files in archive raw have the key of an earlier member \(class, folders "
+        r"and name, without suffix\), and 1 cannot be used \(5\.00% are left out, the limit is "
+        r"4\.00%\): a, b, c; rename them or take them out, or raise --max-bad-fraction \(the "
+    )
+    with pytest.raises(ArchiveError, match=message):
+        check_repeats(SOURCE, count, list("abcd"), max_bad_fraction=0.04)
+
+
+def test_messages_name_the_archive_that_the_user_gave() -> None:
+    spooled = replace(SOURCE, archive=Place("out/.unfinished/spool"), packed=Place("raw.tar.gz"))
+    with pytest.raises(ArchiveError, match=r"^archive raw\.tar\.gz holds no images: none of its 2"):
+        check_quality(spooled, PartCount(problems=2), "x", max_bad_fraction=1.0, kept="out")
 
 
 def test_classes_that_the_train_split_lacks_are_refused_unless_they_are_given() -> None:
