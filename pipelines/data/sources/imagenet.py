@@ -17,7 +17,8 @@ What lies where:
 import csv
 import re
 from collections.abc import Iterable, Mapping
-from itertools import islice
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
 from pathlib import PurePosixPath
 
 from pipelines.data.archives.names import (
@@ -31,6 +32,7 @@ from pipelines.data.sources.base import Listed, Source, Stream, Unit
 from pipelines.data.sources.peek import (
     WNID,
     class_words,
+    first_look,
     folders_in,
     in_order,
     inner_tars,
@@ -48,6 +50,7 @@ TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.jpe?g", re.IGNORECASE)
 VAL_SOLUTION, VAL_LABELS = "LOC_val_solution.csv", "imagenet_2012_validation_synset_labels.txt"
 KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
+LOOKS_AT_ONCE = 16  # into tars: an object store takes its time for each
 _MEND = "mend or remove it and run the command again"
 
 
@@ -84,15 +87,19 @@ def _folder_of_tars(archive: Place) -> Source | None:
 
 
 def _class_tars(archive: Place, tars: list[Entry]) -> Source | None:
-    """Tars of a class each, or outer tars, as the first of them tells; None: of class folders."""
-    look = look_into(archive / tars[0].name)
-    if look.kind == "nested":
-        outer = [inner_tars(archive / entry.name, entry.name) for entry in tars]
-        return _source_21k(archive, tuple(unit for units in outer for unit in units))
-    folder = PurePosixPath(look.name).parent.name
-    if look.kind == "tree" and folder != _stem(printable(tars[0].name)):
+    """Tars of a class each, outer tars, or both; None: the first is one of class folders."""
+    with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
+        looks = list(pool.map(lambda entry: first_look(archive / entry.name), tars))
+    folder = PurePosixPath(looks[0].name).parent.name
+    if looks[0].kind == "tree" and folder != _stem(printable(tars[0].name)):
         return None  # not `n01440764/n01440764_1.JPEG` in `n01440764.tar`
-    return _source_21k(archive, tuple(_class_tar(entry) for entry in tars))
+    units = [
+        inner_tars(archive / entry.name, entry.name)
+        if look.kind == "nested"
+        else (_class_tar(entry),)
+        for entry, look in zip(tars, looks, strict=True)
+    ]
+    return _source_21k(archive, tuple(chain.from_iterable(units)))
 
 
 def _class_tar(entry: Entry, folder: str = "", split: str | None = None) -> Unit:

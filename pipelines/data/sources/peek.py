@@ -62,7 +62,21 @@ def look_into(place: Place) -> Look:
     """Look at the first files of a tar, compressed or not."""
     reader = _first_inflated if is_compressed(place.name) else _first_of_tar
     with plain_errors(place):
-        names = tuple(reader(place))
+        return _look(tuple(reader(place)))
+
+
+def first_look(place: Place) -> Look:
+    """Look into a plain tar no further than to the first file that tells, most often the first."""
+    names: list[str] = []
+    with plain_errors(place), place.open() as file:
+        for name in _names(walk(Window(file, 0, file.size(), ahead=BLOCK), 0)):
+            names.append(name)
+            if _look((name,)).kind != "other":
+                break
+    return _look(tuple(names))
+
+
+def _look(names: tuple[str, ...]) -> Look:
     for name in names:
         if is_tar(name):
             return Look(kind="nested", name=name, names=names)
@@ -74,20 +88,19 @@ def look_into(place: Place) -> Look:
 
 def _first_inflated(place: Place) -> list[str]:
     with Inflated([place]) as stream:
-        return _first(walk(stream, 0))
+        return list(_names(walk(stream, 0)))
 
 
 def _first_of_tar(place: Place) -> list[str]:
     with place.open() as file:
-        return _first(walk(Window(file, 0, file.size(), ahead=BLOCK), 0))
+        return list(_names(walk(Window(file, 0, file.size(), ahead=BLOCK), 0)))
 
 
-def _first(steps: Iterator[TarEntry | Damage]) -> list[str]:
-    return [
-        printable(step.name)
-        for step in islice(steps, FEW)
-        if isinstance(step, TarEntry) and step.problem is None
-    ]
+def _names(steps: Iterator[TarEntry | Damage]) -> Iterator[str]:
+    """The names of the first files."""
+    for step in islice(steps, FEW):
+        if isinstance(step, TarEntry) and step.problem is None:
+            yield printable(step.name)
 
 
 def _parts(name: str) -> tuple[str, ...]:

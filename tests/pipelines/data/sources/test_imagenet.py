@@ -106,6 +106,33 @@ def test_an_outer_tar_is_a_unit_per_inner_tar(tmp_path: Path, where: str, prefix
     assert told(source) == {(wnid, None, None): 2 for wnid in WNIDS}
 
 
+@pytest.mark.parametrize("outer", ["fall11_whole.tar", "n00000000.tar"])
+def test_class_tars_beside_an_outer_tar_are_units_whichever_comes_first(
+    tmp_path: Path, outer: str
+) -> None:
+    write_tar(tmp_path / outer, inner_tars())
+    write_tar(tmp_path / "n00000003.tar", jpegs("n00000003", 2))
+    write_tar(tmp_path / "n00000004.tar", {})
+    source = found(tmp_path)
+    assert source.layout == "imagenet21k"
+    assert sorted(unit.name for unit in source.units) == [
+        "n00000003.tar",
+        "n00000004.tar",
+        *inner_tars(),
+    ]
+    assert told(source) == {(wnid, None, None): 2 for wnid in (*WNIDS, "n00000003")}
+
+
+def test_an_empty_inner_tar_is_no_other_one_s(tmp_path: Path) -> None:
+    inner = {"n00000001.tar": b""} | inner_tars()
+    source = found(write_tar(tmp_path / "fall11_whole.tar", inner))
+    by_unit = [list(scan(source, unit)) for unit in source.units]
+    assert [len(each) for each in by_unit] == [1, 2, 2, 2]
+    ((lost,),) = by_unit[:1]
+    assert (lost.name, lost.lost) == ("n00000001.tar", 0)
+    assert (lost.problem or "").startswith("is cut off: it ends at byte ")
+
+
 def test_a_truncated_outer_tar_keeps_the_members_before_the_cut(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "fall11_whole.tar", inner_tars(3))
     last = members(found(path))[-1]
