@@ -101,7 +101,8 @@ def _is_list(place: Place, kind: str) -> bool:
         head = bytes(file.read(4096)).decode("utf-8-sig", "replace")
     if kind == "json":
         return head.lstrip().startswith("{") and '"annotations"' in head
-    return "youtube_id" in head.splitlines()[0] if head.strip() else False
+    names = re.split(r"[,;|\t]", head.splitlines()[0]) if head.strip() else []
+    return any(name.strip(' "') == "youtube_id" for name in names)
 
 
 def _read(place: Place, split: str) -> Iterator[Row]:
@@ -115,6 +116,13 @@ def _read_csv(place: Place, split: str) -> Iterator[Row]:
         raise ArchiveError(f"{place} is not UTF-8 at byte {error.start}; {_NEXT}") from error
     lines = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
     try:
+        lines.fieldnames = [name.strip() for name in lines.fieldnames or ()]
+        if "youtube_id" not in lines.fieldnames:
+            raise ArchiveError(
+                f"{place} line 1 has no column youtube_id between commas, but "
+                f"{', '.join(map(repr, lines.fieldnames))}; write the list with commas between its "
+                "columns and run the command again"
+            )
         for line in lines:
             where = f"{place} line {lines.line_num}"
             if None in line or None in line.values():

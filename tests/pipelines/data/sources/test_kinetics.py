@@ -1,6 +1,7 @@
 """Kinetics as people have it: every form of list, of file name and of folder."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -41,8 +42,13 @@ def lay(folder: Path, lists: Mapping[str, Sequence[str] | str], clips: Sequence[
             "air drumming,-_abcdefghi,3,13",
             "yoga,0123456789A,0,10",
         ],
+        [
+            "label , youtube_id ,time_start , time_end,split ",
+            "air drumming , -_abcdefghi , 3 , 13 , train ",
+            "yoga,0123456789A,0,10,train",
+        ],
     ],
-    ids=["with is_cc", "short", "quoted", "without split"],
+    ids=["with is_cc", "short", "quoted", "without split", "with blanks"],
 )
 def test_every_form_of_header_reads_the_same(tmp_path: Path, lines: list[str]):
     source = recognise(lay(tmp_path, {"train.csv": lines}))
@@ -178,6 +184,23 @@ def test_every_folder_of_clips_is_a_unit_and_no_file_is_in_two(tmp_path: Path, c
 def test_a_broken_line_is_refused_by_its_number(tmp_path: Path, lines, problem):
     with pytest.raises(ArchiveError, match=problem):
         recognise(lay(tmp_path, {"train.csv": lines}))
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_a_list_without_commas_is_refused_with_its_columns(tmp_path: Path, separator: str):
+    lines = [separator.join(line.split(",")) for line in (SHORT, "yoga,0123456789A,0,10,train")]
+    columns = re.escape(repr(lines[0]))
+    with pytest.raises(
+        ArchiveError,
+        match=rf"train\.csv line 1 has no column youtube_id between commas, but {columns}; write "
+        r"the list with commas between its columns and run the command again$",
+    ):
+        recognise(lay(tmp_path, {"train.csv": lines}))
+
+
+def test_a_list_of_other_columns_is_none_of_kinetics(tmp_path: Path):
+    lists = {"train.csv": ["youtube_id_and_more,label", "a,b"]}
+    assert recognise(lay(tmp_path, lists, ["train/a.mp4"])) is None
 
 
 def test_a_list_that_is_not_utf8_is_refused(tmp_path: Path):
