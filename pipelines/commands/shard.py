@@ -192,7 +192,8 @@ def _lines(report: ShardingReport) -> list[str]:
     skipped = f", {len(report.skipped)} skipped (named in {MANIFEST})" if report.skipped else ""
     lines = [
         f"{report.samples} samples{known}{skipped}; version {manifest.version}: "
-        f"{manifest.samples} in {len(manifest.shards)} shards of {len(manifest.classes)} classes -> {report.folder}"
+        f"{manifest.samples} in {len(manifest.shards)} shards of {len(manifest.classes)} classes "
+        f"-> {report.folder}"
     ]
     reasons = Counter(skipped.reason.partition(":")[0] for skipped in report.skipped)
     lines += [f"  skipped {count}: {reason}" for reason, count in reasons.most_common()]
