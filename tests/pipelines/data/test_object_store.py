@@ -263,7 +263,8 @@ class TestCaching:
     def test_a_small_cache_gives_the_same_batches(
         self, tmp_path: Path, made: ShardingReport, uploaded: ShardingReport
     ) -> None:
-        most = 6 * max(record.bytes for record in made.manifest.shards)
+        most = 8 * max(record.bytes for record in made.manifest.shards)
+        assert most < sum(record.bytes for record in made.manifest.shards)
         read = remote(tmp_path, "shards", cache_gib=most / 2**30)
         assert equal(train(uploaded.folder, 16, read), train(made.folder, 16, ReadConfig()))
         held = sum(path.stat().st_size for path in (tmp_path / "cache").iterdir() if path.is_file())
