@@ -33,7 +33,8 @@ from pipelines.data.sharding.plan import (
     short_digest,
 )
 from pipelines.data.sources.base import Member
-from pipelines.storage import Place
+from pipelines.errors import ArchiveError
+from pipelines.storage import Place, plain_errors
 
 GROUP_ROWS = 4096  # of a row group: what a range of hashes is read by
 RUN_ROWS = 2**18  # sorted together: bounds the memory of scanning a unit of any size
@@ -92,15 +93,20 @@ def whole_file(place: Place) -> Iterator[Path]:
     """A temporary file to write within the block; afterwards it is put in place, whole.
 
     On this machine it lies in the same folder, so that putting is renaming.
+
+    Raises:
+        StorageError: Whatever the system says within the block, with the name of the file.
     """
     folder = place.local.parent if place.local else Path(tempfile.gettempdir())
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{place.name}.", suffix=".tmp", dir=folder)
-    os.close(handle)
+    with plain_errors(place if place.local else Place(str(folder))):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{place.name}.", suffix=".tmp", dir=folder)
+        os.close(handle)
     temporary = Path(name)
     try:
-        temporary.chmod(0o644)
-        yield temporary
+        with plain_errors(place if place.local else Place(name)):
+            temporary.chmod(0o644)
+            yield temporary
         place.put(temporary)
     finally:
         temporary.unlink(missing_ok=True)
@@ -114,8 +120,7 @@ def scan_unit(job: ShardJob, number: int) -> UnitFound:
         number: Position of the unit in the source.
 
     Raises:
-        OSError: The archive cannot be read or the result not written.
-        PipelineError: The archive cannot be scanned.
+        PipelineError: The archive cannot be read or the result not written.
     """
     place = scan_file(job, number)
     if not place.is_file():
@@ -165,7 +170,7 @@ def _scan(job: ShardJob, number: int, place: Place) -> None:
                 samples.add(_sample_row(job, member, part, seq))
                 _count_sample(counts[part], member)
             elif member.problem.startswith(UNREADABLE):
-                raise OSError(f"{member.name} {member.problem}")
+                raise ArchiveError(f"{member.name} {member.problem}")
             else:
                 problems.add((part, seq, member.name, member.problem))
                 counts[part].problems += 1

@@ -359,6 +359,5 @@ def _told(task: Callable[[Any, Any], Any], job: Any, item: Any) -> tuple[str | N
         return json.dumps(task(job, item)), None
     except PipelineError as error:
         return None, printable(str(error))
-    except OSError as error:
-        told = f"{error.filename or 'the archive'}: {error.strerror or error}"
-        return None, printable(told)
+    except OSError as error:  # of results of scans: what is read and written is told with its name
+        return None, printable(str(error))

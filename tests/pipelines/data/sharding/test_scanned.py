@@ -28,7 +28,8 @@ from pipelines.data.sharding.scanned import (
 )
 from pipelines.data.sharding.versions import Settings, new_version, unit_digests
 from pipelines.data.sources.base import Source, Unit
-from pipelines.storage import Place
+from pipelines.errors import ArchiveError
+from pipelines.storage import Place, StorageError
 from tests.pipelines.data.sharding.sharded import place, source
 
 
@@ -105,7 +106,7 @@ def test_a_tar_that_cannot_be_read_now_is_scanned_again_later(job: ShardJob) -> 
     tar = job.source.archive / job.source.units[1].path
     content = tar.read_bytes()
     tar.remove()
-    with pytest.raises(OSError, match=r"n00000001\.tar cannot be read: No such file"):
+    with pytest.raises(ArchiveError, match=r"n00000001\.tar cannot be read: No such file"):
         scan_unit(job, 1)
     assert not scan_file(job, 1).is_file()
     tar.write_bytes(content)
@@ -127,7 +128,7 @@ def test_a_file_that_cannot_be_read_now_is_no_bad_sample(tmp_path: Path) -> None
     )
     (tmp_path / "raw/cat").rename(tmp_path / "raw/dog")
     (tmp_path / "raw/cat").write_bytes(b"")  # as a folder that may not be listed
-    with pytest.raises(OSError, match=r"^cat/ cannot be read: Not a directory$"):
+    with pytest.raises(ArchiveError, match=r"^cat/ cannot be read: Not a directory$"):
         scan_unit(made, 0)
     assert not scan_file(made, 0).is_file()
 
@@ -138,7 +139,7 @@ def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:
             path.write_bytes(b"half")
             raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StorageError, match="/x cannot be read or written: disk full; mend"):
         fail()
     assert list(tmp_path.iterdir()) == []
     with whole_file(place(tmp_path / "x")) as path:
