@@ -18,6 +18,8 @@ from pipelines.errors import DatasetError
 
 MAX_BYTES: dict[Media, int] = {"image": 256 << 20, "video": 1 << 30}
 SMALL_SIDE = 32  # the cleaned copy of winter21 has none below
+LONGEST_SIDE = 65_500  # pixels, of a JPEG as libjpeg writes it
+LONG = f"has a side above {LONGEST_SIDE} pixels"
 _GREY_MODES = ("1", "L", "LA", "I", "F")
 
 
@@ -71,6 +73,7 @@ def _image_remarks(data: bytes, suffix: str) -> list[str]:
             f"has EXIF orientation {_orientation(image)}, which is ignored": _orientation(image)
             not in (0, 1),
             f"has a side below {SMALL_SIDE} pixels": min(image.size) < SMALL_SIDE,
+            LONG: max(image.size) > LONGEST_SIDE,
         }
     return [text for text, applies in checks.items() if applies]
 

@@ -196,7 +196,11 @@ class Making:
             states = tuple(states[n] for n in kept)
         names = tuple(version.part.name for version in versions)
         scan = scan_digest(
-            source, seed=settings.seed, parts=names, val_fraction=settings.val_fraction
+            source,
+            seed=settings.seed,
+            parts=names,
+            val_fraction=settings.val_fraction,
+            resized=settings.resized,
         )
         return ShardJob(
             source=source,

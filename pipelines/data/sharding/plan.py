@@ -156,13 +156,20 @@ def unit_digest(unit: Unit, content: str = "") -> str:
     return short_digest([*told, unit.above, content])
 
 
-def scan_digest(source: Source, *, seed: int, parts: Sequence[str], val_fraction: float) -> str:
+def scan_digest(
+    source: Source,
+    *,
+    seed: int,
+    parts: Sequence[str],
+    val_fraction: float,
+    resized: Resized | None = None,
+) -> str:
     """A short hash of all that the result of a scan depends on beside the unit."""
     listed = source.listed and [
         [stem, row.class_name, row.split] for stem, row in source.listed.items()
     ]
     told = [source.layout, source.archive.where, source.media, list(source.splits), listed]
-    return short_digest([*told, seed, list(parts), val_fraction])
+    return short_digest([*told, seed, list(parts), val_fraction, resized and resized.short_side])
 
 
 def short_digest(value: Any) -> str:

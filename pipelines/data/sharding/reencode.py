@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from pipelines.data.archives.probe import LONGEST_SIDE
 from pipelines.data.manifest import Resized
 from pipelines.data.pixels.decode import decode_rgb
 from pipelines.errors import DatasetError
 
-LONGEST_SIDE = 65_500  # pixels, of a JPEG as libjpeg writes it
 TOO_LONG = f"would have a side above the {LONGEST_SIDE} pixels of a JPEG when resized"
 
 
@@ -50,6 +50,15 @@ def reencode(data: bytes, resized: Resized) -> tuple[bytes, Sizes]:
     # Pillow would otherwise copy what the file said of itself, such as its orientation.
     small.save(file, "JPEG", quality=resized.quality, exif=b"", icc_profile=None)
     return file.getvalue(), Sizes(from_=image.size, to=size, quality=resized.quality)
+
+
+def refused(data: bytes, resized: Resized) -> str | None:
+    """Why an image cannot be re-encoded, as `scan` says what is wrong with it; None: it can."""
+    try:
+        reencode(data, resized)
+    except DatasetError as error:
+        return str(error)
+    return None
 
 
 def shrunk(size: tuple[int, int], short_side: int) -> tuple[int, int]:

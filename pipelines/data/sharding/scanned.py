@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipelines.data.archives.probe import LONG
 from pipelines.data.archives.scan import UNREADABLE, scan
 from pipelines.data.manifest import index_shards
 from pipelines.data.sharding.plan import (
@@ -32,6 +33,7 @@ from pipelines.data.sharding.plan import (
     order_hash,
     short_digest,
 )
+from pipelines.data.sharding.reencode import refused
 from pipelines.data.sources.base import Member
 from pipelines.errors import ArchiveError
 from pipelines.storage import Place, plain_errors
@@ -166,17 +168,27 @@ def _scan(job: ShardJob, number: int, place: Place) -> None:
             part = job.part_of(member.key, member.split)
             if part is None:
                 continue
-            if member.problem is None:
+            problem = member.problem or _cannot_be_resized(job, member)
+            if problem is None:
                 samples.add(_sample_row(job, member, part, seq))
                 _count_sample(counts[part], member)
-            elif member.problem.startswith(UNREADABLE):
-                raise ArchiveError(f"{member.name} {member.problem}")
+            elif problem.startswith(UNREADABLE):
+                raise ArchiveError(f"{member.name} {problem}")
             else:
-                problems.add((part, seq, member.name, member.problem))
+                problems.add((part, seq, member.name, problem))
                 counts[part].problems += 1
                 counts[part].lost += member.lost or 0
                 counts[part].open_ended += member.lost is None
         samples.note(json.dumps([asdict(count) for count in counts]))
+
+
+def _cannot_be_resized(job: ShardJob, member: Member) -> str | None:
+    """Why a sample cannot be re-encoded where that is asked for; few are looked at again."""
+    if job.resized is None or LONG not in (member.remark or ""):
+        return None
+    place = job.source.archive / member.path
+    with plain_errors(place), place.open() as file:
+        return refused(file.read_at(member.size, member.offset), job.resized)
 
 
 def _sample_row(job: ShardJob, member: Member, part: int, seq: int) -> tuple[Any, ...]:

@@ -111,6 +111,11 @@ def test_a_small_side_is_told(size: tuple[int, int]) -> None:
     assert probe("image", encoded(picture(0, size))) == Found(None, "has a side below 32 pixels")
 
 
+def test_a_side_that_no_jpeg_can_have_is_told() -> None:
+    remarks = "has a side below 32 pixels; has a side above 65500 pixels"
+    assert probe("image", encoded(picture(0, (65_501, 2)), "PNG")) == Found(None, remarks)
+
+
 def test_a_bomb_is_refused_by_its_header(png_header: Callable[[int, int], bytes]) -> None:
     problem = probe("image", png_header(9000, 9000)).problem
     assert problem is not None

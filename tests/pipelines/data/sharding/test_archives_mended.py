@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from pipelines.data.manifest import Resized
 from pipelines.data.sharding.making import FanOut, Making, ShardingReport
@@ -15,7 +16,7 @@ from pipelines.data.sharding.versions import Settings, new_version, unit_digests
 from pipelines.errors import ArchiveError
 from pipelines.storage import Place
 from tests.pipelines.data.sharding.sharded import contents, place, samples, source
-from tests.raw_archives import jpegs, tar_bytes, write_files, write_tar
+from tests.raw_archives import encoded, jpegs, tar_bytes, write_files, write_tar
 
 IMAGES = {wnid: jpegs(wnid, 12, first) for wnid, first in (("n01440764", 0), ("n01443537", 50))}
 
@@ -147,3 +148,34 @@ class TestOddNames:
         report = make(tmp_path / "raw", tmp_path / "out", max_bad_fraction=0.7)
         assert report.samples == 12
         assert [skipped.member for skipped in report.skipped] == ["n01443537\\xff.tar"]
+
+
+class TestResizing:
+    def test_an_image_that_cannot_be_resized_is_counted_and_named_as_a_bad_one(
+        self, tmp_path: Path
+    ) -> None:
+        class_tars(tmp_path / "raw")
+        wide = {
+            "n01530575_1.JPEG": encoded(Image.new("RGB", (70_000, 8)), "PNG"),
+            "n01530575_2.JPEG": encoded(Image.new("RGB", (70_000, 20)), "PNG"),
+        }
+        write_tar(tmp_path / "raw" / "n01530575.tar", wide)
+        resized = Resized(short_side=16, quality=80)
+        reason = "would have a side above the 65500 pixels of a JPEG when resized"
+        message = (
+            rf"1 of the 26 files .*\(3\.85%.*: n01530575\.tar/n01530575_1\.JPEG {reason}; mend"
+        )
+        with pytest.raises(ArchiveError, match=message):
+            make(tmp_path / "raw", tmp_path / "out", resized=resized)
+        report = make(tmp_path / "raw", tmp_path / "out", resized=resized, max_bad_fraction=0.1)
+        assert report.samples == 25
+        assert [skipped.reason for skipped in report.skipped] == [reason]
+        assert make(tmp_path / "raw", tmp_path / "as-it-is").samples == 26
+
+    def test_another_size_is_another_scan(self, tmp_path: Path) -> None:
+        wide = {"n01530575_1.JPEG": encoded(Image.new("RGB", (70_000, 20)), "PNG")}
+        write_tar(tmp_path / "raw" / "n01530575.tar", wide)
+        with pytest.raises(ArchiveError, match="holds no images: none of its 1 files can be used"):
+            make(tmp_path / "raw", tmp_path / "out", resized=Resized(short_side=32, quality=80))
+        resized = Resized(short_side=16, quality=80)
+        assert make(tmp_path / "raw", tmp_path / "out", resized=resized).samples == 1

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipelines.data.manifest import Manifest
+from pipelines.data.manifest import Manifest, Resized
 from pipelines.data.sharding.plan import (
     BINS,
     Part,
@@ -140,8 +140,15 @@ def test_another_list_or_seed_or_split_makes_another_scan() -> None:
         scan_digest(SOURCE, seed=1, parts=("all",), val_fraction=0.0),
         scan_digest(SOURCE, seed=0, parts=("train", "val"), val_fraction=0.1),
         scan_digest(listed, seed=0, parts=("all",), val_fraction=0.0),
+        scan_digest(
+            SOURCE,
+            seed=0,
+            parts=("all",),
+            val_fraction=0.0,
+            resized=Resized(short_side=9, quality=90),
+        ),
     }
-    assert len(digests) == 4
+    assert len(digests) == 5
 
 
 def test_a_shard_is_named_after_its_number() -> None:
