@@ -14,13 +14,18 @@ from pipelines.data.stream import TrainStream
 from pipelines.errors import RunError
 from pipelines.evaluate import validation_stream
 from pipelines.optim import build_optimizer
+from pipelines.run_data import RunData
 from pipelines.storage import place
 from pipelines.train import Reporter, Run, TrainBatches
 from pipelines.weights import start_from
 
 
-def build_run(config: RunConfig, backend: Backend, reporter: Reporter) -> Run:
-    """Everything that training needs on this rank."""
+def build_run(config: RunConfig, backend: Backend, reporter: Reporter, data: RunData) -> Run:
+    """Everything that training needs on this rank.
+
+    Raises:
+        DatasetError: Also if what this rank reads are not the `data` that the run began with.
+    """
     _check_groups(config, backend)
     use_gemm(config.parallel.gemm)
     core = initial_model(config)
@@ -34,8 +39,8 @@ def build_run(config: RunConfig, backend: Backend, reporter: Reporter) -> Run:
         model=backend.place(core, experts, blocks),
         experts=experts,
         optimizer=build_optimizer(core, config.optim, fused=backend.fused_updates),
-        stream=training_stream(config, backend),
-        validation=validation_stream(config, rank=backend.rank, world=backend.world),
+        stream=training_stream(config, backend, data),
+        validation=validation_stream(config, data, rank=backend.rank, world=backend.world),
         checkpoints=Checkpoints(config.out, config, backend),
         reporter=reporter,
         start=Position(seed=config.train.seed, epoch=0, step=0),
@@ -64,17 +69,17 @@ def initial_model(config: RunConfig) -> ViT:
     return model
 
 
-def training_stream(config: RunConfig, backend: Backend) -> TrainBatches:
+def training_stream(config: RunConfig, backend: Backend, data: RunData) -> TrainBatches:
     """This rank's training batches."""
-    data = config.data
-    stream = RayStream if data.reader == "ray" else TrainStream
+    stream = RayStream if config.data.reader == "ray" else TrainStream
     return stream(
-        place(data.root) / "train",
+        place(config.data.root) / "train",
         config.rows,
         batch_size=config.train.batch_size,
         seed=config.train.seed,
         rank=backend.rank,
         world=backend.world,
-        order=data.order,
+        order=config.data.order,
         host_ranks=backend.host_ranks,
+        digest=data.train,
     )

@@ -20,7 +20,8 @@ from pipelines.config import RunConfig
 from pipelines.data.batch import Batch
 from pipelines.data.stream import EvalStream
 from pipelines.results import Results, Setting, commit_name, machine_name
-from pipelines.storage import Place, place
+from pipelines.run_data import RunData
+from pipelines.storage import place
 
 LATENCY_PIXELS = 8 * 224 * 224  # of a timed batch: eight usual images, or more small ones
 LATENCY_BATCHES = (1, 64)  # fewest and most images of one
@@ -159,21 +160,22 @@ def evaluate(
 
 
 def validation_stream(
-    config: RunConfig, *, rank: int = 0, world: int = 1, root: Place | None = None
+    config: RunConfig, data: RunData | None = None, *, rank: int = 0, world: int = 1
 ) -> EvalStream:
     """The validation set of a run.
 
     Args:
         config: The run.
+        data: What the run began with, which the validation set must be; None: any.
         rank, world: This process among those that share the work.
-        root: Another dataset root than the run's own.
     """
     return EvalStream(
-        (root or place(config.data.root)) / "val",
+        place(config.data.root) / "val",
         config.rows,
         batch_size=config.train.batch_size // config.parallel.num_workers,  # fits where it trained
         rank=rank,
         world=world,
+        digest=data.val if data else None,
     )
 
 

@@ -5,7 +5,6 @@ itself is in `train`, what happens on a worker in `worker`.
 """
 
 import dataclasses
-import hashlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -24,16 +23,15 @@ from pipelines.config import CONFIG, RunConfig, flatten, read_config, write_conf
 from pipelines.data.manifest import MANIFEST, read_manifest
 from pipelines.data.order import steps_per_epoch
 from pipelines.errors import DatasetError, RunError, RunFailedError
-from pipelines.files import read_json, write_json
+from pipelines.files import write_json
 from pipelines.metrics import METRICS, MetricRow, read_rows, rewind
+from pipelines.run_data import DATA, data_of, read_data
 from pipelines.storage import place
 from pipelines.terminal import Terminal
 from pipelines.tracking import Tracker
 from pipelines.train import Outcome
 from pipelines.weights import start_from
 from pipelines.worker import train_worker
-
-DATA = "data.json"
 
 # What may change between two starts of one run: none of it changes a single loss, other than
 # another sharing out of the work by the order in which numbers are added up.
@@ -97,7 +95,7 @@ def run_training(
         with _stop_signals(mailbox.ask_to_stop), _goes_on_later(config):
             run_on_workers(
                 train_worker,
-                {"config": config, "mailbox": mailbox},
+                {"config": config, "data": read_data(config.out), "mailbox": mailbox},
                 workers_of(config),
                 storage=config.out / ".ray-train",
                 mailbox=mailbox,
@@ -185,27 +183,21 @@ def open_run(config: RunConfig) -> int:
     done = check_run(config)
     if not done and not (config.out / METRICS).is_file():
         config.out.mkdir(parents=True, exist_ok=True)
-        write_json(config.out / DATA, _data_digests(config))
+        write_json(config.out / DATA, data_of(place(config.data.root)))
         write_config(config.out, config)
     return done
 
 
 def _check_data(config: RunConfig) -> None:
     """The order of samples is a function of the manifest: another one is another run."""
-    began = read_json(config.out / DATA, dict[str, str], otherwise=RunError)
-    changed = [part for part, digest in _data_digests(config).items() if began[part] != digest]
+    began, now = read_data(config.out), data_of(place(config.data.root))
+    changed = [part for part in ("train", "val") if getattr(began, part) != getattr(now, part)]
     if changed:
         raise RunError(
             f"the data in {config.data.root}/{changed[0]} is not what {config.out} began with (its "
             f"{MANIFEST} is another); give that data with --data.root, or start a new run with "
             f"--out"
         )
-
-
-def _data_digests(config: RunConfig) -> dict[str, str]:
-    root = place(config.data.root)
-    manifests = {part: root / part / MANIFEST for part in ("train", "val")}
-    return {p: hashlib.sha256(found.read_bytes()).hexdigest() for p, found in manifests.items()}
 
 
 def check_start(config: RunConfig) -> Report | None:

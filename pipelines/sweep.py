@@ -24,6 +24,7 @@ from pipelines.errors import RunError, RunFailedError, UsageError
 from pipelines.metrics import read_rows, rewind
 from pipelines.report import ReportContent, write_report
 from pipelines.results import RESULTS, Results, read_results
+from pipelines.run_data import read_data
 from pipelines.run_report import REPORT, evaluate_run
 from pipelines.runner import open_run, resolve, steps_done
 from pipelines.terminal import Terminal
@@ -121,7 +122,7 @@ def _trial(params: dict[str, Any]) -> None:
     config: RunConfig = params["config"]
     backend = get_backend("cpu", threads=config.parallel.threads)
     rewind(config.out, steps_done(config.out))
-    run = build_run(config, backend, FileReporter(config.out))
+    run = build_run(config, backend, FileReporter(config.out), read_data(config.out))
     train(run)
     results = evaluate_run(config.out, config.train.budgets)
     ray.tune.report({"accuracy": results.settings[0].accuracy})

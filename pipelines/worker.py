@@ -10,6 +10,7 @@ from pipelines.build import build_run
 from pipelines.config import RunConfig
 from pipelines.locks import alone
 from pipelines.metrics import MetricRow, append_row
+from pipelines.run_data import RunData
 from pipelines.train import train
 
 LOCK = ".training.lock"
@@ -20,10 +21,12 @@ def train_worker(argument: dict[str, Any]) -> None:
     """Train a run on this process, as one of several.
 
     Args:
-        argument: `config`, a RunConfig with absolute paths, and `mailbox`. Rank 0 puts metric
-            rows into the box as they come, and the outcome at the end.
+        argument: `config`, a RunConfig with absolute paths, `data`, the RunData that it began
+            with, and `mailbox`. Rank 0 puts metric rows into the box as they come, and the outcome
+            at the end.
     """
     config: RunConfig = argument["config"]
+    data: RunData = argument["data"]
     mailbox: Mailbox = argument["mailbox"]
     parallel = config.parallel
     backend = get_backend(
@@ -36,7 +39,7 @@ def train_worker(argument: dict[str, Any]) -> None:
     lock = alone(config.out / LOCK, f"training of {config.out}", wait_s=LOCK_SECONDS)
     with lock if backend.rank == 0 else nullcontext():
         backend.barrier("waiting for earlier workers of the run")
-        outcome = train(build_run(config, backend, MailboxReporter(config.out, mailbox)))
+        outcome = train(build_run(config, backend, MailboxReporter(config.out, mailbox), data))
     if backend.rank == 0:
         mailbox.put(outcome)
 

@@ -60,6 +60,7 @@ class RayStream(TrainStream):
         world: int,
         order: OrderConfig,
         host_ranks: int = 1,
+        digest: str | None = None,
     ) -> None:
         """Open a dataset for training; Ray runs already, and every machine sees the folder.
 
@@ -77,8 +78,11 @@ class RayStream(TrainStream):
             "world": world,
             "order": order,
             "host_ranks": host_ranks,
+            "digest": digest,
         }
         super().__init__(**self._recipe)
+        # Decoders open the folder later, and again when Ray restarts them: still this dataset.
+        self._recipe["digest"] = self._reader.manifest.digest
         self._actors, self._prefetch = config.read.threads, config.read.prefetch
         self._rows_each = _LEAST_IMAGES // min(config.frames, _LEAST_IMAGES)
         rows = self._rows + config.augment.mixed - 1

@@ -13,6 +13,7 @@ import numpy as np
 from pipelines.data.batch import Batch
 from pipelines.data.jobs import TestJob, TrainJob
 from pipelines.data.loader import Loader
+from pipelines.data.manifest import MANIFEST
 from pipelines.data.order import Position, SampleOrder, rank_rows
 from pipelines.data.reader import SampleReader
 from pipelines.data.rows import Rows
@@ -43,6 +44,7 @@ class TrainStream:
         world: int,
         order: OrderConfig,
         host_ranks: int = 1,
+        digest: str | None = None,
     ) -> None:
         """Open a dataset for training.
 
@@ -55,11 +57,12 @@ class TrainStream:
             world: Number of ranks.
             order: Lanes and windows of the order.
             host_ranks: Ranks on this machine, which share its cache of an object store's shards.
+            digest: Of the manifest that the folder must have; None: any.
 
         Raises:
             DatasetError: The folder is not a sound dataset of labelled images (or videos, as
-                `frames` says), has less than one batch, is not to be flipped, or the cache is too
-                small.
+                `frames` says), has another manifest or less than one batch, is not to be flipped,
+                or the cache is too small.
             RunError: The batch cannot be shared evenly by lanes and ranks.
         """
         lanes = order.lanes_of(batch_size)
@@ -67,8 +70,7 @@ class TrainStream:
         before = config.augment.mixed - 1
         # What is read: with mixup, the rows before this rank's first come first.
         self._read_rows = first - before, self._rows + before
-        self._reader = SampleReader(folder, config.read, sharers=host_ranks)
-        _check_labels(self._reader)
+        self._reader = _opened(folder, config.read, digest, sharers=host_ranks)
         _check_flips(self._reader, config.augment.flip)
         self._order = SampleOrder(
             shard_samples=self._reader.shard_samples,
@@ -183,6 +185,7 @@ class EvalStream:
         batch_size: int,
         rank: int,
         world: int,
+        digest: str | None = None,
     ) -> None:
         """Open a dataset for evaluation.
 
@@ -193,10 +196,11 @@ class EvalStream:
                 together, and a batch has at least one sample.
             rank: This rank, from 0.
             world: Number of ranks.
+            digest: Of the manifest that the folder must have; None: any.
 
         Raises:
             DatasetError: The folder is not a sound dataset of labelled images (or videos, as
-                `frames` says).
+                `frames` says), or has another manifest.
             RunError: The views to cut out are larger than the scaled sample.
         """
         size = config.image_size
@@ -205,8 +209,7 @@ class EvalStream:
                 f"images scaled to a short side of {config.resize} pixels hold no centre of "
                 f"{size}; set data.eval_resize to {size} or more"
             )
-        self._reader = SampleReader(folder, config.read)
-        _check_labels(self._reader)
+        self._reader = _opened(folder, config.read, digest)
         self.num_samples = self._reader.num_samples
         self.num_classes = self._reader.num_classes
         self._samples = max(1, batch_size // config.clip.views_of(config.frames))
@@ -272,13 +275,23 @@ def _loader(read: ReadConfig) -> Loader:
     return Loader(threads=read.threads, prefetch=read.prefetch)
 
 
-def _check_labels(reader: SampleReader) -> None:
+def _opened(
+    folder: Place, read: ReadConfig, digest: str | None, *, sharers: int = 1
+) -> SampleReader:
+    """The dataset, if it is the one that is meant and all of it has labels."""
+    reader = SampleReader(folder, read, sharers=sharers)
+    if digest is not None and reader.manifest.digest != digest:
+        raise DatasetError(
+            f"{folder} was changed since the run began: its {MANIFEST} is another; give the data "
+            "that it began with, or start a new run with --out"
+        )
     unknown = int((reader.labels < 0).sum())
     if unknown:
         raise DatasetError(
-            f"{unknown} of the {reader.num_samples} samples in {reader.folder} have no label, "
+            f"{unknown} of the {reader.num_samples} samples in {folder} have no label, "
             "which training and scoring need; use a part of the release that has labels"
         )
+    return reader
 
 
 def _check_flips(reader: SampleReader, flip: float) -> None:

@@ -6,9 +6,13 @@ from dataclasses import replace
 
 import pytest
 
+from cluster.backends import get_backend
 from mone_core.models import VideoConfig
+from pipelines.build import build_run
 from pipelines.data.settings import AugmentConfig, ClipConfig, OrderConfig, ReadConfig
 from pipelines.errors import DatasetError
+from pipelines.run_data import data_of
+from pipelines.storage import place
 from pipelines.train import Outcome
 from tests.dataset_folder import write_dataset
 from tests.pipelines import tiny
@@ -137,6 +141,17 @@ def test_more_damage_than_allowed_ends_the_run(damaged, tmp_path):
 
     with pytest.raises(DatasetError, match=r"corrupt_share"):
         tiny.train_here(config)
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_workers_refuse_data_that_changed_after_the_driver_looked(tmp_path, part):
+    config = tiny.tiny_config(tiny.write_data(tmp_path / "data"), tmp_path / "run")
+    began = data_of(place(config.data.root))
+    shutil.rmtree(tmp_path / "data" / part)
+    tiny.write_folder(tmp_path / "data" / part, range(1, 33))
+
+    with pytest.raises(DatasetError, match=rf"{part} was changed since the run began"):
+        build_run(config, get_backend("cpu"), MemoryReporter(), began)
 
 
 def test_clips_of_another_kind_of_model_or_data_are_refused(images, clips, tmp_path):

@@ -29,6 +29,8 @@ from pipelines.config import DataConfig, OptimConfig, RunConfig, TrainConfig, wr
 from pipelines.data.motion import encode_webm
 from pipelines.data.settings import AugmentConfig, ReadConfig
 from pipelines.metrics import MetricRow
+from pipelines.run_data import data_of
+from pipelines.storage import place
 from pipelines.train import Outcome, Run, train
 from tests.dataset_folder import write_dataset
 
@@ -137,7 +139,7 @@ def build_here(config: RunConfig, reporter: MemoryReporter, backend: Backend | N
     if backend.rank == 0:
         config.out.mkdir(parents=True, exist_ok=True)
         write_config(config.out, config)
-    return build_run(config, backend, reporter)
+    return build_run(config, backend, reporter, data_of(place(config.data.root)))
 
 
 def train_here(

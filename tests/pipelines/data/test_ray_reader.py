@@ -1,5 +1,6 @@
 """Batches that Ray decodes are those that threads decode; bounds, ends, messages; a real Ray."""
 
+import shutil
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -161,6 +162,20 @@ def test_a_machine_that_does_not_see_the_data_says_which_and_why(arguments: dict
 
     with pytest.raises(DatasetError, match=r"decoding process on .* cannot open .*not a finished"):
         ray_reader._opened(missing)
+
+
+def test_a_decoder_that_begins_once_the_data_have_changed_says_so(
+    arguments: dict[str, Any],
+    make_dataset: Callable[..., Path],
+    noise: Callable[..., Image.Image],
+    encode: Callable[..., bytes],
+):
+    with closing(RayStream(**arguments)) as stream:
+        shutil.rmtree(str(arguments["folder"]))
+        make_dataset([encode(noise(24, 20, seed=i)) for i in range(60)])
+
+        with pytest.raises(DatasetError, match=r"decoding process on .* changed since the run beg"):
+            ray_reader._opened(stream._recipe)
 
 
 def test_work_waits_until_batches_are_taken():

@@ -1,6 +1,7 @@
 """Batches: what is in them depends on (seed, epoch, sample), never on who made them."""
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import islice, pairwise
 
@@ -348,6 +349,22 @@ def test_where_left_and_right_are_classes_flips_are_refused(folder, layouts):
         open_train(folder)
     open_train(folder, augment=AugmentConfig(flip=0.0)).close()
     open_eval(folder).close()
+
+
+@pytest.mark.parametrize("open_stream", [open_train, open_eval])
+def test_data_that_were_changed_since_the_run_began_are_refused(make_dataset, files, open_stream):
+    folder = make_dataset(files)
+    digest = read_manifest(place(folder)).digest
+    open_stream(folder, digest=digest).close()
+    shutil.rmtree(folder)
+    make_dataset([*files, files[0]])
+
+    with pytest.raises(
+        DatasetError,
+        match=r"train was changed since the run began: its manifest\.json is another; "
+        "give the data that it began with, or start a new run with --out",
+    ):
+        open_stream(folder, digest=digest)
 
 
 def test_closed_streams_can_be_read_again(folder):

@@ -1,0 +1,38 @@
+"""What data a run began with: `data.json`, beside its configuration.
+
+The order of samples is a function of the manifest, so data with another one is another run: the
+driver compares before it starts workers, and every process that reads compares once more.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.data.manifest import read_manifest
+from pipelines.errors import RunError
+from pipelines.files import read_json
+from pipelines.storage import Place
+
+DATA = "data.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunData:
+    """The data of a run.
+
+    Attributes:
+        train, val: Digest of the manifest of either part.
+    """
+
+    train: str
+    val: str
+
+
+def data_of(root: Place) -> RunData:
+    """The data that lie there now."""
+    train, val = read_manifest(root / "train"), read_manifest(root / "val")
+    return RunData(train=train.digest, val=val.digest)
+
+
+def read_data(run: Path) -> RunData:
+    """The data that a run began with."""
+    return read_json(run / DATA, RunData, otherwise=RunError)
