@@ -1,6 +1,7 @@
 """Gathers what `report` draws: a run's metrics, load, results, routing and configuration."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def evaluate_run(
     out: Path | None = None,
     name: str | None = None,
     sparse: Mapping[str, Any] | None = None,
+    read: Mapping[str, Any] | None = None,
 ) -> Results:
     """Evaluate a run's newest checkpoint (or one checkpoint) and write `results.json`.
 
@@ -39,9 +41,12 @@ def evaluate_run(
         out: Folder for the results; by default the target.
         name: What to call it; by default the target's name, with what `sparse` changes.
         sparse: What to change of how sparse experts take tokens: `ViT.set_capacity`'s arguments.
+        read: What to change of how samples are read: fields of `ReadConfig`.
     """
     checkpoint = checkpoint_of(target)
     config = read_config(checkpoint)
+    data = replace(config.data, read=replace(config.data.read, **(read or {})))
+    config = replace(config, data=data)
     model = build_model(config.model)
     if budgets is None:
         budgets = config.model.nesting.reachable(EVALUATION_BUDGETS)
@@ -62,7 +67,7 @@ def evaluate_run(
 
 def report_run(run: Path) -> ReportContent:
     """Write a run's `report.html`; gives back what it shows."""
-    config = read_config(run)
+    config = read_config(checkpoint_of(run))  # what may change between starts is as it was last
     content = ReportContent(
         title=str(run.name),
         summary=_summary(run, config),

@@ -55,6 +55,7 @@ _MAY_CHANGE = (
     "data.read.remote",
     "data.read.cache",
     "data.read.cache_gib",
+    "data.read.on_corrupt",  # where it matters, the run has stopped or goes on with other samples
     "data.read.corrupt_share",
 )
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from pipelines.results import RESULTS, Results
 from pipelines.run_report import evaluate_run
@@ -32,14 +33,27 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
         default=None,
         help="sparse experts: fill slots by score instead of by position",
     )
+    parser.add_argument(
+        "--data.read.on_corrupt",
+        "--data.read.on-corrupt",
+        choices=("raise", "skip"),
+        help="what a sample does that does not decode (default: as in training)",
+    )
+    parser.add_argument(
+        "--data.read.corrupt_share",
+        "--data.read.corrupt-share",
+        type=float,
+        metavar="SHARE",
+        help="samples that may be skipped (default: as in training)",
+    )
     parser.add_argument("--json", action="store_true", help="print results.json instead")
     args = parser.parse_args(arguments)
     asked = args.effective_capacity
-    given = {name: getattr(args, name) for name in ("k", "capacity_ratio", "batch_priority")}
     results = evaluate_run(
         args.run,
         tuple(dict.fromkeys(asked)) if asked else None,
-        sparse={name: value for name, value in given.items() if value is not None},
+        sparse=_given(args, "", "k", "capacity_ratio", "batch_priority"),
+        read=_given(args, "data.read.", "on_corrupt", "corrupt_share"),
     )
     if args.json:
         print(json.dumps(asdict(results)))
@@ -48,6 +62,12 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     show_results(terminal, results)
     terminal.say(f"{len(results.settings)} budgets -> {args.run / RESULTS}")
     return 0
+
+
+def _given(args: argparse.Namespace, prefix: str, *names: str) -> dict[str, Any]:
+    """Those of some options that were given, without their prefix."""
+    values = {name: getattr(args, prefix + name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def show_results(terminal: Terminal, results: Results) -> None:

@@ -1,5 +1,6 @@
 """The command line as a user meets it: verbs, help, one line for a mistake, exit codes."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from pipelines.commands import train as train_command
 from pipelines.config import merge_yaml
 from pipelines.errors import RunFailedError
 from pipelines.recipes import RECIPES, get_recipe
+from tests.dataset_folder import write_dataset
 from tests.pipelines import tiny
 
 REPOSITORY = Path(__file__).parents[2]
@@ -139,6 +141,27 @@ def test_an_evaluation_prints_a_table_or_json_and_says_what_it_wrote(mone, tmp_p
     code, out, _ = mone("evaluate", str(config.out), "--effective-capacity", "0.2", "--json")
     assert code == 0
     assert out.startswith('{"name": "run", "step": 1, "num_classes": 4, "settings": [')
+
+
+def test_an_evaluation_goes_on_past_bad_samples_where_it_is_told_to(mone, tmp_path):
+    data = tiny.write_data(tmp_path / "data")
+    config = tiny.tiny_config(data, tmp_path / "run", steps=1, log_every=1, checkpoint_every=1)
+    tiny.train_here(config)
+    shutil.rmtree(data / "val")
+    bad = {1009: (b"not an image", 1)}
+    write_dataset(data / "val", tiny.squares(range(9)) | bad, num_classes=4, per_shard=10)
+
+    evaluate = ("evaluate", str(config.out), "--effective-capacity", "0.2")
+    code, _, err = mone(*evaluate)
+    assert code == 2
+    assert "set data.read.on_corrupt to skip" in err
+    code, _, err = mone(*evaluate, "--data.read.on-corrupt", "skip")
+    assert code == 2
+    assert "more than data.read.corrupt_share (0.001) allows" in err
+    skip = ("--data.read.on_corrupt", "skip", "--data.read.corrupt_share", "0.1")
+    code, out, _ = mone(*evaluate, *skip)
+    assert code == 0
+    assert "9 validation samples" in out
 
 
 def test_what_print_config_prints_is_what_runs_when_it_is_given_back(mone, tmp_path):

@@ -9,15 +9,20 @@ import pytest
 from cluster.backends import get_backend
 from mone_core.models import VideoConfig
 from pipelines.build import build_run
+from pipelines.checkpoint import checkpoint_of
+from pipelines.config import read_config
 from pipelines.data.settings import AugmentConfig, ClipConfig, OrderConfig, ReadConfig
 from pipelines.errors import DatasetError
+from pipelines.metrics import append_row
 from pipelines.run_data import data_of
+from pipelines.runner import open_run
 from pipelines.storage import place
 from pipelines.train import Outcome
 from tests.dataset_folder import write_dataset
 from tests.pipelines import tiny
 from tests.pipelines.tiny import MemoryReporter, losses, same_bits, state_of, without_clock
 
+SKIP = {"on_corrupt": "skip", "corrupt_share": 0.2}
 MIXED = AugmentConfig(crop_area=(0.5, 1.0), randaugment_layers=2, mixup=0.5, mixup_images=3)
 
 
@@ -121,6 +126,34 @@ def test_a_damaged_sample_ends_the_run_by_name(damaged, tmp_path):
 
     with pytest.raises(DatasetError, match=r"'key_3[01]' .*shard-000001.*on_corrupt to skip"):
         tiny.train_here(config)
+
+
+class Recorded(MemoryReporter):
+    """Writes the run's own record too, as a worker does."""
+
+    def __init__(self, run, stop_at=float("inf")):
+        super().__init__(stop_at)
+        self._run = run
+
+    def report(self, row):
+        append_row(self._run, row)
+        return super().report(row)
+
+
+def test_a_run_that_stopped_at_a_bad_sample_goes_on_once_it_may_be_skipped(damaged, tmp_path):
+    config = tiny.tiny_config(
+        damaged, tmp_path / "run", steps=8, seed=1, log_every=1, checkpoint_every=1
+    )
+    open_run(config)
+    with pytest.raises(DatasetError, match=r"or set data\.read\.on_corrupt to skip"):
+        tiny.train_here(config, Recorded(config.out))
+
+    skipping = with_data(config, read=replace(config.data.read, **SKIP))
+    assert 0 < open_run(skipping) < 8
+    outcome, _ = tiny.train_here(skipping, Recorded(config.out))
+
+    assert outcome is Outcome.FINISHED
+    assert read_config(checkpoint_of(config.out)).data.read.on_corrupt == "skip"
 
 
 def test_skipped_samples_are_counted_in_the_metrics(damaged, tmp_path):
