@@ -156,6 +156,7 @@ def evaluate(
         machine=machine_name(),
         torch=torch.__version__,
         commit=commit_name(),
+        skipped=stream.num_samples - found[budgets[0]].samples,
     )
 
 

@@ -22,7 +22,9 @@ class MetricRow:
 
     Training rows hold `loss` (mean in nats over the steps since the row before),
     `learning_rate`, `grad_norm`, `images_per_second`, `alpha`; evaluation rows hold
-    `val_accuracy/ec_0.50` and `val_loss/ec_0.50`, one pair per budget. Models with sparse experts
+    `val_accuracy/ec_0.50` and `val_loss/ec_0.50`, one pair per budget. Where bad samples may be
+    skipped, `data/skipped` counts them since the run began and `data/val_skipped` in an evaluation;
+    `pipelines.skipped` names them. Models with sparse experts
     have `moe/...` too (`mone_core.load.summary`), and `moe/all_to_all_bytes`: what this run's
     first rank hands to exchanges in a step.
 

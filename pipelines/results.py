@@ -52,6 +52,7 @@ class Results:
         num_classes: Classes of the data; chance is one over this.
         machine, torch, commit: Where the numbers come from; `commit` is "unknown" outside a
             checkout.
+        skipped: Samples that were left out, since they could not be decoded.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -63,6 +64,7 @@ class Results:
     machine: str
     torch: str
     commit: str
+    skipped: int = 0
 
 
 def read_results(folder: Path) -> Results:

@@ -17,6 +17,7 @@ from pipelines.report import ReportContent, figure_files, write_report
 from pipelines.results import RESULTS, Results, read_results, write_results
 from pipelines.routing import routing_examples
 from pipelines.routing_examples import RoutingExamples
+from pipelines.skipped import SKIPPED, SkipList, read_skipped
 from pipelines.storage import place
 
 REPORT = "report.html"
@@ -61,6 +62,7 @@ def evaluate_run(
         [target.name, *(f"{what} {value}" for what, value in (sparse or {}).items())]
     )
     results = evaluate(name or called, step_of(checkpoint), model, stream, budgets, backend)
+    SkipList(out or target).add(stream.skipped_samples)
     write_results(out or target, results)
     return results
 
@@ -107,7 +109,7 @@ def _summary(run: Path, config: RunConfig) -> tuple[tuple[str, str], ...]:
     model = build_model(config.model)
     train = read_manifest(place(config.data.root) / "train")
     parameters = sum(p.numel() for p in model.parameters())
-    sizes = config.model
+    sizes, skipped = config.model, len(read_skipped(run))
     return (
         ("Recipe", config.recipe),
         (
@@ -120,4 +122,5 @@ def _summary(run: Path, config: RunConfig) -> tuple[tuple[str, str], ...]:
         ("Steps", f"{config.train.steps:,} of {config.train.batch_size} samples"),
         ("Workers", f"{config.parallel.num_workers} x {config.parallel.device}"),
         ("Checkpoint", checkpoint_of(run).name),
+        *((("Skipped samples", f"{skipped:,}, named in {SKIPPED}"),) if skipped else ()),
     )

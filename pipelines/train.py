@@ -8,7 +8,7 @@ Losses stay on the device; the host looks once per metric row (`_training_row`).
 
 import math
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -33,6 +33,7 @@ from pipelines.gradients import clip_gradients, compute_gradients
 from pipelines.load import LoadTable
 from pipelines.metrics import MetricRow
 from pipelines.optim import learning_rate, set_learning_rate
+from pipelines.skipped import COUNT, VAL_COUNT, SkipList, skipped_until
 
 LOSSES = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
 _NOISE = 1  # tells the seed of a step's noise from that of its budget
@@ -76,7 +77,12 @@ class TrainBatches(Protocol):
 
     @property
     def skipped(self) -> int:
-        """Samples that this rank could not decode since it started."""
+        """Samples of this rank that the batches so far went without, since it started."""
+        ...
+
+    @property
+    def skipped_samples(self) -> Mapping[str, str]:
+        """These samples, each once, and why."""
         ...
 
     def batches(self, start: Position) -> Generator[tuple[Batch, Position], None, None]:
@@ -116,7 +122,8 @@ def train(run: Run) -> Outcome:
     """
     plan = run.config.train
     step, position = run.checkpoints.restore_newest(run.core, run.optimizer) or (0, run.start)
-    stop, window = False, _Window(run)
+    skips = _Skips(run, step)
+    stop, window = False, _Window(run, skips)
     with closing(run.stream.batches(position)) as batches:
         while step < plan.steps and not stop:
             batch, position = next(batches)
@@ -127,7 +134,7 @@ def train(run: Run) -> Outcome:
                 stop = _report(run, window.row(step))
             if last or step % plan.eval_every == 0:
                 with window.paused():
-                    _report(run, _validation_row(run, step))
+                    _report(run, _validation_row(run, step, skips))
             if last or stop or step % plan.checkpoint_every == 0:
                 run.checkpoints.save(step, run.core, run.optimizer, position)
     return Outcome.FINISHED if step == plan.steps else Outcome.STOPPED
@@ -193,8 +200,8 @@ def budget_at(step: int, budgets: Sequence[float], seed: int) -> float:
 class _Window:
     """Sums over the steps since the last metric row, kept on the device."""
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    def __init__(self, run: Run, skips: "_Skips") -> None:
+        self._run, self._skips = run, skips
         self._restart()
 
     def _restart(self) -> None:
@@ -239,20 +246,12 @@ class _Window:
                 "images_per_second": images / seconds,
             }
             | _alpha(run.core)
-            | self._skipped()
+            | self._skips.of_training()
             | self._of_experts(load),
             load=load,
         )
         self._restart()
         return row
-
-    def _skipped(self) -> dict[str, float]:
-        """Samples that did not decode, over all ranks since they started."""
-        run = self._run
-        if run.config.data.read.on_corrupt == "raise":
-            return {}
-        mine = torch.tensor(float(run.stream.skipped), device=run.backend.device)
-        return {"data/skipped": run.backend.sum_over_ranks(mine, "counting bad samples").item()}
 
     def _of_experts(self, load: LoadTable | None) -> dict[str, float]:
         if load is None:
@@ -283,19 +282,47 @@ class _Window:
         self._sent_before += backend.sent_bytes - sent
 
 
+class _Skips:
+    """Counts the samples that did not decode, over all ranks, and names them in the run."""
+
+    def __init__(self, run: Run, step: int) -> None:
+        self._run, self._names = run, SkipList(run.config.out)
+        self._counts = run.config.data.read.on_corrupt == "skip"
+        # Metric rows come before every checkpoint, so the last one up to `step` has them all.
+        counted = self._counts and run.backend.rank == 0
+        self._before = skipped_until(run.config.out, step) if counted else 0
+
+    def of_training(self) -> dict[str, float]:
+        """Samples that another took the place of since the run began."""
+        run = self._run
+        if not self._counts:
+            return {}
+        self._names.add(run.stream.skipped_samples)
+        mine = torch.tensor(float(self._before + run.stream.skipped), device=run.backend.device)
+        return {COUNT: run.backend.sum_over_ranks(mine, "counting bad samples").item()}
+
+    def of_validation(self, evaluated: int) -> dict[str, float]:
+        """Samples that an evaluation of so many left out."""
+        if not self._counts:
+            return {}
+        self._names.add(self._run.validation.skipped_samples)
+        return {VAL_COUNT: float(self._run.validation.num_samples - evaluated)}
+
+
 def _alpha(model: ViT) -> dict[str, float]:
     """Mean alpha over layers (eq. 1), if the model has any: it must leave 0."""
     alphas = [alpha().detach() for alpha in model.encoder.alphas]
     return {"alpha": torch.stack(alphas).mean().item()} if alphas else {}
 
 
-def _validation_row(run: Run, step: int) -> MetricRow:
+def _validation_row(run: Run, step: int, skips: _Skips) -> MetricRow:
     values = {}
     for budget, found in score(
         run.core, run.model, run.validation, run.config.train.eval_budgets, run.backend
     ).items():
         values[f"val_accuracy/ec_{budget:.2f}"] = found.accuracy
         values[f"val_loss/ec_{budget:.2f}"] = found.loss
+        values |= skips.of_validation(found.samples)
     return MetricRow(step=step, values=values)
 
 

@@ -16,6 +16,7 @@ from pipelines.load import alerts, read_loads
 from pipelines.locks import alone
 from pipelines.metrics import read_rows
 from pipelines.runner import check_run, check_start, open_run, resolve, run_training, workers_of
+from pipelines.skipped import SKIPPED, read_skipped
 from pipelines.terminal import Terminal
 from pipelines.tracking import MlflowTracker, ModelVersion, register, version_of
 from pipelines.train import Outcome
@@ -63,6 +64,7 @@ def train_run(config: RunConfig, terminal: Terminal, *, verbose: bool = False) -
         with alone(config.out / LOCK, f"training of {config.out}"):
             outcome, run_id = _trained(config, terminal, finished=finished, verbose=verbose)
             _tell_load(config, terminal)
+            _tell_skipped(config, terminal)
     version = None
     if outcome is Outcome.FINISHED and run_id:
         version = version_of(config.tracking, run_id) or keep_model(config, run_id)
@@ -75,6 +77,16 @@ def _tell_load(config: RunConfig, terminal: Terminal) -> None:
     """Say of experts that were full or idle at the end: the loss alone does not show it."""
     for line in [alert for last in read_loads(config.out)[-1:] for alert in alerts(last)]:
         terminal.say(f"warning: {line}")
+
+
+def _tell_skipped(config: RunConfig, terminal: Terminal) -> None:
+    """Say of samples that the run went without, with the first as an example."""
+    skipped = read_skipped(config.out)
+    for name, why in list(skipped.items())[:1]:
+        terminal.say(
+            f"warning: samples that could not be decoded and were skipped: {len(skipped)}, named "
+            f"in {config.out / SKIPPED}; the first is {name}: {why}"
+        )
 
 
 def _tell_start(config: RunConfig, terminal: Terminal) -> None:

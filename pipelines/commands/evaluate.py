@@ -9,6 +9,7 @@ from typing import Any
 
 from pipelines.results import RESULTS, Results
 from pipelines.run_report import evaluate_run
+from pipelines.skipped import SKIPPED
 from pipelines.terminal import Terminal
 
 EXAMPLE = "mone evaluate runs/digits --effective-capacity 0.2 0.3 0.4 0.5 0.7 1.0"
@@ -60,6 +61,8 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
         return 0
     terminal = Terminal()
     show_results(terminal, results)
+    if results.skipped:
+        terminal.say(f"warning: {results.skipped} skipped, named in {args.run / SKIPPED}")
     terminal.say(f"{len(results.settings)} budgets -> {args.run / RESULTS}")
     return 0
 
@@ -74,7 +77,8 @@ def show_results(terminal: Terminal, results: Results) -> None:
     """The short table of an evaluation."""
     terminal.table(
         f"{results.name}, step {results.step}: one set of weights, "
-        f"{results.settings[0].samples} validation samples",
+        f"{results.settings[0].samples} validation samples"
+        f"{f', {results.skipped} skipped' if results.skipped else ''}",
         ("effective capacity", "MMACs", "accuracy", "latency ms", "samples/s"),
         [
             (

@@ -32,7 +32,7 @@ from ray.exceptions import RayError
 
 from pipelines.data.batch import Batch
 from pipelines.data.order import Position
-from pipelines.data.rows import Damage
+from pipelines.data.rows import Skipped
 from pipelines.data.settings import OrderConfig, RowConfig
 from pipelines.data.stream import TrainStream
 from pipelines.errors import DatasetError, PipelineError, RunError
@@ -123,8 +123,9 @@ class RayStream(TrainStream):
         if "error" in told:
             raise DatasetError(told["error"])
         self._maker.damage.read(end - first)
-        for name, why in told["skipped"]:
+        for row, name, why in told["skipped"]:
             self._maker.damage.skip(name, why)
+            job.bad[row] = Skipped(name, why)
         for column, target in _columns(job, first, end).items():
             source = np.frombuffer(piece[column][0].as_buffer(), target.dtype)
             target[...] = source.reshape(target.shape)
@@ -134,7 +135,8 @@ class _Decoder:
     """What an actor of Ray Data holds: a stream of its own, opened once, which fills places."""
 
     def __init__(self, recipe: dict[str, Any]) -> None:
-        read = replace(recipe["config"].read, threads=1, prefetch=1)
+        # The budget is kept where all of a rank's rows arrive.
+        read = replace(recipe["config"].read, threads=1, prefetch=1, corrupt_share=1.0)
         self._recipe = recipe | {"config": replace(recipe["config"], read=read)}
         self._stream: _Remote | None = None
 
@@ -161,20 +163,9 @@ class _Remote(TrainStream):
             self._fetched = window
             self._reader.prefetch(self._order.shards_ahead(epoch, step, *self._read_rows))
         job = self._job(epoch, step, Position(seed=self._order.seed, epoch=epoch, step=step))
-        noted = job.maker.damage = _Noted(self._reader.folder, 1.0, 0)
         job.fill(first, end)
-        return _packed(_columns(job, first, end), {"skipped": noted.noted})
-
-
-class _Noted(Damage):
-    """Notes what was skipped, without a budget: that is kept where all of a rank's rows arrive."""
-
-    def __init__(self, folder: Place, share: float, epoch: int) -> None:
-        super().__init__(folder, share, epoch)
-        self.noted: list[tuple[str, str]] = []
-
-    def skip(self, name: str, why: str) -> None:
-        self.noted.append((name, why))
+        skipped = [(row, *what) for row, what in job.bad.items()]
+        return _packed(_columns(job, first, end), {"skipped": skipped})
 
 
 def _opened(recipe: dict[str, Any]) -> _Remote:

@@ -6,7 +6,7 @@ a sample has; here they meet. Which sample is wanted when, and by whom, is the s
 Axes: T frames, H height, W width, 3 red-green-blue, V views of a test.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from threading import Lock
 from typing import NamedTuple
@@ -22,7 +22,13 @@ from pipelines.errors import DatasetError, PipelineError
 from pipelines.storage import Place
 
 _TRIES = 64  # samples in a row that do not decode before it cannot be chance
-_NAMED = 1000  # samples that are named, at most; all are counted
+
+
+class Skipped(NamedTuple):
+    """A sample that could not be made: its key and shard, and the reason."""
+
+    name: str
+    why: str
 
 
 class TrainRow(NamedTuple):
@@ -31,17 +37,39 @@ class TrainRow(NamedTuple):
     Attributes:
         pixels: uint8, shape [T, H, W, 3].
         sample: The sample asked for, or the one that took its place.
+        skipped: The sample asked for, if another took its place.
     """
 
     pixels: Pixels
     sample: int
+    skipped: Skipped | None = None
+
+
+class Skips:
+    """What whoever takes the batches went without.
+
+    Attributes:
+        count: Samples of theirs that the batches handed out so far went without.
+        names: Those samples, each once, and why.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.names: dict[str, str] = {}
+
+    def add(self, skipped: Iterable[Skipped]) -> None:
+        """Count and name what a batch goes without, as it is handed out."""
+        for name, why in skipped:
+            self.count += 1
+            self.names.setdefault(name, why)
 
 
 class Damage:
-    """Samples that could not be made: counted and named once each; too many end the run.
+    """The budget of samples that cannot be made: too many end the run.
 
-    The budget is a share of the epochs begun so far, each counted whole: a single bad sample among
-    the first ten is no tenth of the data, and bad ones that come early do so in every epoch.
+    Whatever was read counts, also ahead of its time and for mixing. The budget is a share of the
+    epochs begun so far, each counted whole: a single bad sample among the first ten is no tenth of
+    the data, and bad ones that come early do so in every epoch.
 
     Attributes:
         count: Rows that went without their sample so far.
@@ -58,12 +86,6 @@ class Damage:
         self.count = 0
         self._folder, self._share, self._epoch = folder, share, max(1, epoch)
         self._read, self._lock = 0, Lock()
-        self._names: dict[str, str] = {}
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What was skipped and why, a text for each sample, the first thousand of them."""
-        return tuple(f"{name}: {why}" for name, why in tuple(self._names.items()))
 
     def read(self, samples: int) -> None:
         """Count samples that are about to be read, good or bad."""
@@ -78,8 +100,6 @@ class Damage:
         """
         with self._lock:
             self.count += 1
-            if len(self._names) < _NAMED:
-                self._names.setdefault(name, why)
             among = max(1, -(-self._read // self._epoch)) * self._epoch
             if self.count > self._share * among:
                 raise DatasetError(
@@ -94,7 +114,7 @@ class Rows:
 
     Attributes:
         views: Views of a sample in a test.
-        damage: What was skipped so far.
+        damage: The budget of what may be skipped.
     """
 
     def __init__(
@@ -150,13 +170,13 @@ class Rows:
         try:
             return TrainRow(self._training(sample, seed), sample)
         except DamagedSampleError as error:
-            self._skip(sample, error)
+            skipped = self._skip(sample, error)
             why = error
         tried = min(_TRIES, self._reader.num_samples)
         for other in range(sample + 1, sample + tried):
             instead = other % self._reader.num_samples
             try:
-                return TrainRow(self._training(instead, seed), instead)
+                return TrainRow(self._training(instead, seed), instead, skipped)
             except DamagedSampleError as error:
                 why = error
         raise DatasetError(
@@ -164,11 +184,12 @@ class Rows:
             f"the last of them: {why}; {repair(self._reader.folder)}"
         )
 
-    def test(self, sample: int) -> Pixels | None:
+    def test(self, sample: int) -> Pixels | Skipped:
         """A sample's views for a test, uint8, shape [V, T, H, W, 3].
 
         Returns:
-            None with `on_corrupt="skip"` if it cannot be made: a test must not count another twice.
+            With `on_corrupt="skip"` the reason if it cannot be made: a test must not count another
+            twice.
 
         Raises:
             DatasetError: It cannot be made, and may not be left out.
@@ -176,8 +197,7 @@ class Rows:
         try:
             pixels = self._made(sample, self._test)
         except DamagedSampleError as error:
-            self._skip(sample, error)
-            return None
+            return self._skip(sample, error)
         return pixels[None, None] if pixels.ndim == 3 else pixels
 
     def _training(self, sample: int, seed: int) -> Pixels:
@@ -197,7 +217,7 @@ class Rows:
             error.add_note(f"in {self._reader.name(sample)}")
             raise
 
-    def _skip(self, sample: int, error: DamagedSampleError) -> None:
+    def _skip(self, sample: int, error: DamagedSampleError) -> Skipped:
         name = self._reader.name(sample)
         if not self._skips:
             raise DatasetError(
@@ -205,6 +225,7 @@ class Rows:
                 "skip"
             ) from error
         self.damage.skip(name, str(error))
+        return Skipped(name, str(error))
 
 
 def _check_media(folder: Place, manifest: Manifest, frames: int) -> None:

@@ -5,7 +5,7 @@
 (seed, epoch, sample).
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 
 import numpy as np
@@ -16,7 +16,7 @@ from pipelines.data.loader import Loader
 from pipelines.data.manifest import MANIFEST
 from pipelines.data.order import Position, SampleOrder, rank_rows
 from pipelines.data.reader import SampleReader
-from pipelines.data.rows import Rows
+from pipelines.data.rows import Rows, Skips
 from pipelines.data.settings import OrderConfig, ReadConfig, RowConfig
 from pipelines.errors import DatasetError, RunError
 from pipelines.storage import Place
@@ -89,19 +89,20 @@ class TrainStream:
             seed=seed,
             samples_per_epoch=self.steps_per_epoch * min(self._rows + before, batch_size),
         )
+        self._skips = Skips()
         self._augment = config.augment
         self._shape = (config.frames, config.image_size, config.image_size, 3)
         self._loader = _loader(config.read)
 
     @property
     def skipped(self) -> int:
-        """Rows of this rank that went without their sample so far, those made ahead included."""
-        return self._maker.damage.count
+        """Samples of this rank that another took the place of in the batches so far."""
+        return self._skips.count
 
     @property
-    def skipped_samples(self) -> tuple[str, ...]:
-        """What was skipped on this rank and why, each sample once."""
-        return self._maker.damage.names
+    def skipped_samples(self) -> Mapping[str, str]:
+        """These samples, each once, and why."""
+        return self._skips.names
 
     def batches(self, start: Position) -> Generator[tuple[Batch, Position], None, None]:
         """Batches from a position on, without end; closing the iterator ends its threads.
@@ -151,6 +152,7 @@ class TrainStream:
         mix_shape = (self._rows, self._augment.mixed)
         return TrainJob(
             maker=self._maker,
+            skips=self._skips,
             augment=self._augment,
             seed=self._order.seed,
             epoch=epoch,
@@ -220,6 +222,7 @@ class EvalStream:
             seed=0,
             samples_per_epoch=sum(len(self._mine(step)) for step in range(len(self))),
         )
+        self._skips = Skips()
         self._shape = (self._maker.views, config.frames, size, size, 3)
         self._loader = _loader(config.read)
 
@@ -234,13 +237,13 @@ class EvalStream:
 
     @property
     def skipped(self) -> int:
-        """Samples of this rank that were left out so far, those made ahead included."""
-        return self._maker.damage.count
+        """Samples of this rank that were left out of the batches so far."""
+        return self._skips.count
 
     @property
-    def skipped_samples(self) -> tuple[str, ...]:
-        """What was left out on this rank and why, each sample once."""
-        return self._maker.damage.names
+    def skipped_samples(self) -> Mapping[str, str]:
+        """These samples, each once, and why."""
+        return self._skips.names
 
     def close(self) -> None:
         """Let go of the shard files."""
@@ -259,6 +262,7 @@ class EvalStream:
             labels_B[: len(mine)] = self._reader.labels[mine.start : mine.stop]
             yield TestJob(
                 maker=self._maker,
+                skips=self._skips,
                 samples=mine,
                 pixels_BVTHWC=np.empty((self._samples, *self._shape), np.uint8),
                 labels_B=labels_B,

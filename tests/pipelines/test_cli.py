@@ -161,7 +161,8 @@ def test_an_evaluation_goes_on_past_bad_samples_where_it_is_told_to(mone, tmp_pa
     skip = ("--data.read.on_corrupt", "skip", "--data.read.corrupt_share", "0.1")
     code, out, _ = mone(*evaluate, *skip)
     assert code == 0
-    assert "9 validation samples" in out
+    assert "9 validation samples, 1 skipped" in out.replace("\n", " ")
+    assert f"warning: 1 skipped, named in {config.out / 'skipped.jsonl'}" in out
 
 
 def test_what_print_config_prints_is_what_runs_when_it_is_given_back(mone, tmp_path):

@@ -15,7 +15,9 @@ from pipelines.data.settings import AugmentConfig, ClipConfig, OrderConfig, Read
 from pipelines.errors import DatasetError
 from pipelines.metrics import append_row
 from pipelines.run_data import data_of
+from pipelines.run_report import evaluate_run, report_run
 from pipelines.runner import open_run
+from pipelines.skipped import read_skipped
 from pipelines.storage import place
 from pipelines.train import Outcome
 from tests.dataset_folder import write_dataset
@@ -131,9 +133,9 @@ def test_a_damaged_sample_ends_the_run_by_name(damaged, tmp_path):
 class Recorded(MemoryReporter):
     """Writes the run's own record too, as a worker does."""
 
-    def __init__(self, run, stop_at=float("inf")):
+    def __init__(self, config, stop_at=float("inf")):
         super().__init__(stop_at)
-        self._run = run
+        self._run = config.out
 
     def report(self, row):
         append_row(self._run, row)
@@ -146,11 +148,11 @@ def test_a_run_that_stopped_at_a_bad_sample_goes_on_once_it_may_be_skipped(damag
     )
     open_run(config)
     with pytest.raises(DatasetError, match=r"or set data\.read\.on_corrupt to skip"):
-        tiny.train_here(config, Recorded(config.out))
+        tiny.train_here(config, Recorded(config))
 
     skipping = with_data(config, read=replace(config.data.read, **SKIP))
     assert 0 < open_run(skipping) < 8
-    outcome, _ = tiny.train_here(skipping, Recorded(config.out))
+    outcome, _ = tiny.train_here(skipping, Recorded(config))
 
     assert outcome is Outcome.FINISHED
     assert read_config(checkpoint_of(config.out)).data.read.on_corrupt == "skip"
@@ -164,8 +166,40 @@ def test_skipped_samples_are_counted_in_the_metrics(damaged, tmp_path):
 
     assert outcome is Outcome.FINISHED
     counted = [row.values["data/skipped"] for row in rows if "loss" in row.values]
-    assert counted == sorted(counted)
-    assert counted[-1] >= 4  # both in each of two epochs; some were made ahead of the last step
+    assert counted == [1, 2, 3, 4]  # both in each of two epochs
+    assert [name.split("'")[1] for name in read_skipped(config.out)] == ["key_30", "key_31"]
+
+
+def test_the_count_of_skipped_samples_survives_a_stop(damaged, tmp_path):
+    broken = tiny.tiny_config(damaged, tmp_path / "broken")
+    broken = with_data(broken, read=replace(broken.data.read, **SKIP))
+    whole = replace(broken, out=tmp_path / "whole")
+
+    _, rows = tiny.train_here(whole, Recorded(whole))
+    _, before = tiny.train_here(broken, Recorded(broken, stop_at=4))
+    _, after = tiny.train_here(broken, Recorded(broken))
+
+    assert without_clock(before + after) == without_clock(rows)
+    assert rows[-2].values["data/skipped"] == 6
+    assert len(read_skipped(broken.out)) == 2
+
+
+def test_samples_that_an_evaluation_leaves_out_are_counted_and_named(tmp_path):
+    data = tiny.write_data(tmp_path / "data")
+    shutil.rmtree(data / "val")
+    bad = {1009: (b"not an image", 1)}
+    write_dataset(data / "val", tiny.squares(range(9)) | bad, num_classes=4, per_shard=10)
+    config = tiny.tiny_config(data, tmp_path / "run")
+    config = with_data(config, read=replace(config.data.read, **SKIP))
+
+    _, rows = tiny.train_here(config)
+
+    assert [r.values["data/val_skipped"] for r in rows if "loss" not in r.values] == [1, 1]
+    ((name, why),) = read_skipped(config.out).items()
+    assert "key_1009" in name
+    assert why.startswith("does not decode")
+    assert evaluate_run(config.out, (0.5,)).skipped == 1
+    assert ("Skipped samples", "1, named in skipped.jsonl") in report_run(config.out).summary
 
 
 def test_more_damage_than_allowed_ends_the_run(damaged, tmp_path):

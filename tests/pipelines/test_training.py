@@ -10,6 +10,7 @@ import pytest
 from pipelines.config import TrackingConfig
 from pipelines.metrics import append_row
 from pipelines.runner import resolve
+from pipelines.skipped import SKIPPED, SkipList
 from pipelines.terminal import Terminal
 from pipelines.tracking import client, fetch, find_champion
 from pipelines.train import Outcome
@@ -52,6 +53,17 @@ def test_a_run_at_its_end_is_not_trained_again_but_mlflow_gets_all_that_it_misse
     assert again.version == trained.version
     assert len(store.search_model_versions(f"name = '{finished.tracking.model}'")) == 1
     assert [p.step for p in store.get_metric_history(again.version.run_id, "loss")] == [2, 4]
+
+
+def test_samples_that_the_run_went_without_are_told_at_its_end(finished, capsys):
+    SkipList(finished.out).add({"sample 'a' in there": "cut off", "sample 'b' in there": "black"})
+
+    train_run(finished, Terminal())
+
+    out = capsys.readouterr().out.replace("\n", " ")
+    assert "warning: samples that could not be decoded and were skipped: 2, named in" in out
+    assert "skipped.jsonl; the first is sample 'a' in there: cut off" in out
+    (finished.out / SKIPPED).unlink()
 
 
 def test_a_tracking_server_that_is_away_costs_a_warning_and_the_registration(

@@ -109,9 +109,7 @@ def test_a_sample_that_does_not_decode_ends_it_with_the_same_line(arguments: dic
 def test_a_sample_that_may_be_skipped_is_replaced_and_counted_alike(arguments: dict[str, Any]):
     damage(arguments)
     read = ReadConfig(threads=2, on_corrupt="skip", corrupt_share=0.2)
-    arguments = with_rows(
-        arguments, read=read, augment=AugmentConfig()
-    )  # mixed rows would be read twice
+    arguments = with_rows(arguments, read=read)
     threads, remote = TrainStream(**arguments), RayStream(**arguments)
 
     assert_same(taken(remote, START, STEPS), taken(threads, START, STEPS))
