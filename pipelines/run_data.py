@@ -7,7 +7,7 @@ driver compares before it starts workers, and every process that reads compares 
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.data.manifest import read_manifest
+from pipelines.data.manifest import classes_sha256, read_manifest
 from pipelines.errors import RunError
 from pipelines.files import read_json
 from pipelines.storage import Place
@@ -21,16 +21,19 @@ class RunData:
 
     Attributes:
         train, val: Digest of the manifest of either part.
+        classes: Hash of the class names in label order, which both parts share.
     """
 
     train: str
     val: str
+    classes: str
 
 
 def data_of(root: Place) -> RunData:
     """The data that lie there now."""
     train, val = read_manifest(root / "train"), read_manifest(root / "val")
-    return RunData(train=train.digest, val=val.digest)
+    classes = classes_sha256(train.classes)
+    return RunData(train=train.digest, val=val.digest, classes=classes)
 
 
 def read_data(run: Path) -> RunData:

@@ -9,7 +9,8 @@ from cluster.backends import get_backend
 from mone_core.models import ModelConfig, build_model
 from pipelines.checkpoint import checkpoint_of, load_weights, step_of
 from pipelines.config import RunConfig, read_config, to_yaml
-from pipelines.data.manifest import read_manifest
+from pipelines.data.manifest import Manifest, classes_sha256, read_manifest
+from pipelines.errors import DatasetError
 from pipelines.evaluate import evaluate, validation_stream
 from pipelines.load import read_loads
 from pipelines.metrics import read_rows
@@ -17,6 +18,7 @@ from pipelines.report import ReportContent, figure_files, write_report
 from pipelines.results import RESULTS, Results, read_results, write_results
 from pipelines.routing import routing_examples
 from pipelines.routing_examples import RoutingExamples
+from pipelines.run_data import DATA, read_data
 from pipelines.skipped import SKIPPED, SkipList, read_skipped
 from pipelines.storage import place
 
@@ -57,6 +59,7 @@ def evaluate_run(
         model.set_capacity(**sparse)
     load_weights(checkpoint, model)
     backend = get_backend("cpu", threads=config.parallel.threads)
+    _check_classes(checkpoint, config)
     stream = validation_stream(config)
     called = ", ".join(
         [target.name, *(f"{what} {value}" for what, value in (sparse or {}).items())]
@@ -95,8 +98,31 @@ def _routing(run: Path, config: RunConfig) -> RoutingExamples:
     model = build_model(config.model)
     load_weights(checkpoint, model)
     budgets = config.model.nesting.reachable(ROUTING_BUDGETS)
-    names = read_manifest(place(config.data.root) / "val").class_names
+    names = _check_classes(checkpoint, config).class_names
     return routing_examples(model, validation_stream(config), budgets, names)
+
+
+def _check_classes(checkpoint: Path, config: RunConfig) -> Manifest:
+    """The validation set's manifest, if its labels mean what they did when the run was trained.
+
+    A checkpoint that lies outside its run is compared by the number of classes alone.
+
+    Raises:
+        DatasetError: They do not.
+    """
+    root, run = place(config.data.root), checkpoint.parent.parent
+    manifest = read_manifest(root / "val")
+    found, trained, wrong = len(manifest.classes), config.model.num_classes, ""
+    if found != trained:
+        wrong = f"has {found} classes, and {checkpoint} was trained on {trained}"
+    elif (run / DATA).is_file() and classes_sha256(manifest.classes) != read_data(run).classes:
+        wrong = f"has other classes than {run} was trained on, or these in another order"
+    if wrong:
+        raise DatasetError(
+            f"{root / 'val'} {wrong}; shard the validation archive again, with `--classes-of` a "
+            "dataset that has the classes of training"
+        )
+    return manifest
 
 
 def _input(model: ModelConfig) -> str:

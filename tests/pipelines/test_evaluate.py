@@ -1,6 +1,7 @@
 """One set of weights at many budgets: counted as a plain loop counts, padding left out."""
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,9 +14,13 @@ from mone_core.errors import CapacityError
 from mone_core.models import ModelConfig, VideoConfig, build_model
 from pipelines.config import read_config
 from pipelines.data.batch import Batch, model_input
+from pipelines.data.manifest import read_manifest, write_manifest
+from pipelines.errors import DatasetError
 from pipelines.evaluate import evaluate, latencies, latency_batch, score, validation_stream
 from pipelines.results import RESULTS, read_results
-from pipelines.run_report import evaluate_run
+from pipelines.run_report import evaluate_run, report_run
+from pipelines.runner import open_run
+from pipelines.storage import place
 from tests.pipelines import tiny
 
 BUDGETS = (0.125, 0.2, 0.5, 1.0)
@@ -202,6 +207,30 @@ def test_one_checkpoint_is_evaluated_as_such(trained, tmp_path):
     assert read_results(tmp_path) == found
     assert not (checkpoint / RESULTS).exists()
     assert read_config(checkpoint) == trained
+
+
+@pytest.mark.parametrize(
+    ("classes", "told"),
+    [
+        ("abcde", r"val has 5 classes, and .*step_4 was trained on 4; shard the validation arch"),
+        ("abcd", r"val has other classes than .*/run was trained on, or these in another order; "),
+    ],
+)
+def test_a_validation_set_of_other_classes_is_refused(config, tmp_path, classes, told):
+    config = replace(config, out=tmp_path / "run")
+    root = tiny.write_data(tmp_path / "data")
+    config = replace(config, data=replace(config.data, root=str(root)))
+    open_run(config)
+    tiny.train_here(config)
+    evaluate_run(config.out, (0.5,))
+    shutil.rmtree(root / "val")
+    tiny.write_folder(root / "val", range(SAMPLES), classes=len(classes))
+    val = place(root / "val")
+    write_manifest(val, replace(read_manifest(val), classes=tuple(classes)))
+
+    for use in (evaluate_run, report_run):
+        with pytest.raises(DatasetError, match=told):
+            use(config.out)
 
 
 def test_a_budget_out_of_reach_ends_an_evaluation_before_it_starts(trained, tmp_path):
