@@ -38,7 +38,7 @@ from pipelines.data.stream import TrainStream
 from pipelines.errors import DatasetError, PipelineError, RunError
 from pipelines.storage import Place
 
-_FIRST_WITHIN_S = 120.0
+_BEGUN_WITHIN_S = 120.0
 # A piece of work costs Ray Data some milliseconds, as much as decoding a few images.
 _LEAST_IMAGES = 16
 
@@ -134,7 +134,8 @@ class RayStream(TrainStream):
 class _Decoder:
     """What an actor of Ray Data holds: a stream of its own, opened once, which fills places."""
 
-    def __init__(self, recipe: dict[str, Any]) -> None:
+    def __init__(self, recipe: dict[str, Any], pace: Any) -> None:
+        pace.begun.remote()
         # The budget is kept where all of a rank's rows arrive.
         read = replace(recipe["config"].read, threads=1, prefetch=1, corrupt_share=1.0)
         self._recipe = recipe | {"config": replace(recipe["config"], read=read)}
@@ -217,10 +218,22 @@ class _Work(Datasource):  # type: ignore[misc]  # Ray Data comes without types
 
 
 class _Pace:
-    """Lets the source run so many batches ahead of those that were taken, and no further."""
+    """Lets the source run so many batches ahead of those that were taken, and no further.
+
+    Decoders tell it that they have begun: that they have got their CPU.
+    """
 
     def __init__(self, ahead: int) -> None:
         self._limit, self._moved = 1 + ahead, asyncio.Condition()
+        self._begun = False
+
+    async def begun(self) -> None:
+        """Tell that a decoder runs."""
+        self._begun = True
+
+    async def has_begun(self) -> bool:
+        """Whether any decoder runs, or did."""
+        return self._begun
 
     async def until(self, batch: int) -> None:
         """Wait until a batch may be begun."""
@@ -244,7 +257,7 @@ def _decoded(
     work.pace = pace
     dataset = ray.data.read_datasource(work, override_num_blocks=1, num_cpus=0).map_batches(
         _Decoder,
-        fn_constructor_args=(recipe,),
+        fn_constructor_args=(recipe, pace),
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=actors),
@@ -259,18 +272,19 @@ def _decoded(
 
 
 def _first(results: Iterator[pa.Table], pace: Any, actors: int) -> pa.Table:
-    """The first piece of work that comes back.
+    """The first piece of work that comes back, however long it takes to fetch and decode.
 
     Raises:
-        RunError: None did in time.
+        RunError: No decoder began in time.
     """
     late = threading.Event()
 
     def give_up() -> None:
-        late.set()
-        ray.kill(pace)  # ends the source with an error, and so the execution
+        if not ray.get(pace.has_begun.remote()):
+            late.set()
+            ray.kill(pace)  # ends the source with an error, and so the execution
 
-    watch = threading.Timer(_FIRST_WITHIN_S, give_up)
+    watch = threading.Timer(_BEGUN_WITHIN_S, give_up)
     watch.start()
     try:
         return next(results)
@@ -281,12 +295,13 @@ def _first(results: Iterator[pa.Table], pace: Any, actors: int) -> pa.Table:
         total = ray.cluster_resources().get("CPU", 0)
         raise RunError(
             f"none of the {actors} decoding processes of data.reader ray (data.read.threads, a CPU "
-            f"each) gave anything within {_FIRST_WITHIN_S:g} s; of the Ray cluster's {total:g} "
+            f"each) began within {_BEGUN_WITHIN_S:g} s; of the Ray cluster's {total:g} "
             f"CPUs {free:g} are free: give it more CPUs than training holds, lower "
             "data.read.threads so that every worker gets some, or set data.reader to threads"
         ) from error
     finally:
         watch.cancel()
+        watch.join()  # it may be asking just now
 
 
 def _columns(job: Any, first: int, end: int) -> dict[str, Any]:

@@ -132,15 +132,32 @@ def test_skipping_too_many_ends_it_on_the_rank_that_asked(arguments: dict[str, A
 def test_without_a_cpu_it_says_so_instead_of_waiting(
     arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(ray_reader, "_FIRST_WITHIN_S", 3.0)
+    monkeypatch.setattr(ray_reader, "_BEGUN_WITHIN_S", 3.0)
     training = ray.remote(_Worker).options(num_cpus=2).remote(arguments)
     ray.get(training.__ray_ready__.remote())
 
-    with pytest.raises(RunError, match=r"none of the 2 decoding .* of the .* 2 CPUs 0 are free"):
+    with pytest.raises(RunError, match=r"none of the 2 .* began within 3 s; .* 2 CPUs 0 are free"):
         taken(RayStream(**arguments), START, 1)
 
     ray.kill(training)
     assert_cpus_come_back()
+
+
+def test_a_decoder_that_has_begun_may_take_its_time(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(ray_reader, "_BEGUN_WITHIN_S", 0.1)
+    pace = ray.remote(ray_reader._Pace).options(num_cpus=0).remote(2)
+    assert not ray.get(pace.has_begun.remote())
+    ray_reader._Decoder(arguments, pace)
+
+    def fetched_late() -> Iterator[str]:
+        time.sleep(0.4)
+        yield "the first piece"
+
+    assert ray_reader._first(fetched_late(), pace, 2) == "the first piece"
+    assert ray.get(pace.has_begun.remote())  # nobody has ended it
+    ray.kill(pace)
 
 
 def test_more_batches_ahead_than_the_object_store_holds_are_refused(arguments: dict[str, Any]):
