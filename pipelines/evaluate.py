@@ -19,6 +19,7 @@ from mone_core.models import ModelConfig, Output, ViT
 from pipelines.config import RunConfig
 from pipelines.data.batch import Batch
 from pipelines.data.stream import EvalStream
+from pipelines.errors import DatasetError
 from pipelines.results import Results, Setting, commit_name, machine_name
 from pipelines.run_data import RunData
 from pipelines.storage import place
@@ -55,6 +56,9 @@ def score(
         stream: This rank's images.
         budgets: Effective capacities.
         backend: The ranks. Its random numbers begin anew, the same in every evaluation.
+
+    Raises:
+        DatasetError: Every sample was skipped.
     """
     training = model.training
     model.eval()
@@ -66,6 +70,11 @@ def score(
         backend.submit()
     model.train(training)
     totals = backend.sum_over_images(sums, "adding up an evaluation").tolist()
+    if not totals[0][-1]:
+        raise DatasetError(
+            f"none of the {stream.num_samples} validation samples could be used, all were skipped; "
+            "set data.read.on_corrupt to raise to see why"
+        )
     return {
         budget: Score(accuracy=right / count, loss=loss / count, samples=int(count))
         for budget, (right, loss, count) in zip(budgets, totals, strict=True)

@@ -15,12 +15,14 @@ from mone_core.models import ModelConfig, VideoConfig, build_model
 from pipelines.config import read_config
 from pipelines.data.batch import Batch, model_input
 from pipelines.data.manifest import read_manifest, write_manifest
+from pipelines.data.settings import ReadConfig
 from pipelines.errors import DatasetError
 from pipelines.evaluate import evaluate, latencies, latency_batch, score, validation_stream
 from pipelines.results import RESULTS, read_results
 from pipelines.run_report import evaluate_run, report_run
 from pipelines.runner import open_run
 from pipelines.storage import place
+from tests.dataset_folder import write_dataset
 from tests.pipelines import tiny
 
 BUDGETS = (0.125, 0.2, 0.5, 1.0)
@@ -69,6 +71,21 @@ def test_accuracy_and_loss_are_those_of_a_plain_loop_at_every_budget(model, conf
         assert score_.loss == pytest.approx(loss, rel=1e-5)
         assert score_.samples == SAMPLES
     assert len({score_.loss for score_ in found.values()}) == len(BUDGETS)
+
+
+def test_a_validation_set_of_which_all_is_skipped_is_refused(model, config, tmp_path):
+    write_dataset(
+        tmp_path / "val", {n: (b"no image", n) for n in range(4)}, num_classes=4, per_shard=4
+    )
+    read = ReadConfig(on_corrupt="skip", corrupt_share=1.0)
+    config = replace(config, data=replace(config.data, root=str(tmp_path), read=read))
+
+    with pytest.raises(
+        DatasetError,
+        match=r"none of the 4 validation samples could be used, all were skipped; set "
+        r"data\.read\.on_corrupt to raise to see why",
+    ):
+        score(model, model, validation_stream(config), BUDGETS, get_backend("cpu"))
 
 
 @pytest.mark.parametrize("always", range(4))

@@ -48,15 +48,10 @@ def _probe_image(data: bytes, suffix: str) -> Found:
         decode_rgb(data)
         remarks = _image_remarks(data, suffix)
     except DatasetError as error:
-        return Found(_without_address(str(error)), None)
+        return Found(" ".join(str(error).split()), None)
     except MemoryError:
         return Found("does not decode as an image: it takes more memory than there is", None)
     return Found(None, "; ".join(remarks) or None)
-
-
-def _without_address(words: str) -> str:
-    """Pillow names an unknown image by its memory address, which differs in every run."""
-    return " ".join(words.split(" <_io.BytesIO", 1)[0].split())
 
 
 def _image_remarks(data: bytes, suffix: str) -> list[str]:

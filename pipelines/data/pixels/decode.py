@@ -85,7 +85,8 @@ def decode_rgb(data: FileBytes) -> Image.Image:
     except (DatasetError, MemoryError):
         raise
     except Exception as error:  # damaged bytes make Pillow raise a dozen different classes
-        reason = str(error) if data else "it is empty"
+        # Pillow ends with the object that it read from, another address in every process.
+        reason = str(error).split(" <_io.BytesIO", 1)[0] if data else "it is empty"
         raise DatasetError(f"does not decode as an image: {reason}") from error
 
 

@@ -18,6 +18,7 @@ from pipelines.data.reader import DamagedSampleError, SampleReader
 from pipelines.data.settings import AugmentConfig, OrderConfig, ReadConfig
 from pipelines.data.shard_files import CachedShards, default_cache
 from pipelines.errors import DatasetError
+from pipelines.run_data import RunData
 from pipelines.storage import Place, StorageError
 from tests.object_store import bucket, s3_server
 from tests.pipelines.data.small_disk import DISK_BYTES, small_disk
@@ -138,11 +139,12 @@ def test_a_run_counts_the_workers_that_its_backend_knows_of(tmp_path, remote):
         read=cached(tmp_path, gib=4 * largest / 2**30),
         order=OrderConfig(lanes=4, window=2),
     )
+    began = RunData(train=read_manifest(remote).digest, val="", classes="")
     backend = get_backend("cpu")
     backend.rank, backend.world, backend.host_ranks = 1, 4, 4
 
     with pytest.raises(DatasetError, match=r"but 4 workers read from up to 6 shards"):
-        training_stream(replace(config, data=data), backend)
+        training_stream(replace(config, data=data), backend, began)
 
 
 def test_a_worker_fetches_ahead_what_its_part_of_the_cache_holds(tmp_path, remote):
