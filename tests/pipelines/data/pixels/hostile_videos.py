@@ -133,8 +133,12 @@ def sound(*, container: str = "mp4", codec: str = "aac") -> bytes:
     return file.getvalue()
 
 
-def overwritten(data: bytes, *, share: float = 0.5, count: int = 200) -> bytes:
-    """The file with noise over `count` bytes that begin at a share of it."""
+def overwritten(data: bytes, *, share: float = 0.5, count: int = 2000) -> bytes:
+    """The file with noise over `count` bytes that begin at a share of it.
+
+    x264's files differ a little from call to call, so the noise must not have to hit one place: of
+    the small videos here it covers several frames with the lengths before them.
+    """
     start = int(len(data) * share)
     noise = np.random.default_rng(0).bytes(count)
     return data[:start] + noise[: len(data) - start] + data[start + count :]
