@@ -156,10 +156,7 @@ class Place:
         with plain_errors(self):
             if self.local is not None:
                 return self.local.stat().st_size
-            info = self._info()
-            if info.type is not fs.FileType.File:
-                raise FileNotFoundError(self.where)
-            return int(info.size)
+            return int(self._file_info().size)
 
     def changed(self) -> int:
         """When the file was changed last, in nanoseconds.
@@ -171,10 +168,7 @@ class Place:
         with plain_errors(self):
             if self.local is not None:
                 return self.local.stat().st_ctime_ns
-            info = self._info()
-            if info.type is not fs.FileType.File:
-                raise FileNotFoundError(self.where)
-            return info.mtime_ns or 0
+            return self._file_info().mtime_ns or 0
 
     def entries(self) -> Iterator[Entry]:
         """What lies directly in the folder, sorted by name."""
@@ -255,6 +249,12 @@ class Place:
         scheme, path = self.where[: len("s3://")], self.where[len("s3://") :].strip("/")
         settings = tuple((name, os.environ.get(name, "")) for name in ENVIRONMENT)
         return _client(scheme, path.split("/", 1)[0], settings), path
+
+    def _file_info(self) -> fs.FileInfo:
+        info = self._info()
+        if info.type is not fs.FileType.File:
+            raise FileNotFoundError(self.where)
+        return info
 
     def _info(self) -> fs.FileInfo:
         store, path = self._store()
